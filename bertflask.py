@@ -18,7 +18,6 @@ import fcntl
 import functools
 import hashlib
 import http.client
-import importlib.metadata
 import importlib.util
 import io
 import json
@@ -46,6 +45,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -976,6 +976,7 @@ _CONFIG_SIZES = (
 _CONFIG_RATES = (
     "attention_probs_dropout_prob hidden_dropout_prob initializer_range".split()
 )
+_EMBEDDINGS = ("word", "position", "token_type")
 HEAD_DROPOUT = 0.1
 
 
@@ -1141,7 +1142,7 @@ class Model:
     def _embed(self, ids: Any, dropout: Callable) -> Any:
         word, position, segment = (
             self.variables[f"embeddings/{kind}_embeddings/embeddings"]
-            for kind in ("word", "position", "token_type")
+            for kind in _EMBEDDINGS
         )
         length = self.tf.shape(ids)[1]
         x = self.tf.gather(word, ids) + position[:length] + segment[0]
@@ -1653,19 +1654,16 @@ def plot_confusion_matrix(
 
 FORMAT = 1  # of config.json
 LATEST = "latest_model_config.json"
-# Fixed texts, since rows of the training data might be private: their logits are kept
-# in golden.json and checked at every load.
+_STAMP = "%Y%m%d%H%M%S"  # UTC, how the name of a run begins
+_EXPORT_TOLERANCE, _LOAD_TOLERANCE = 1e-4, 1e-3  # of logits
+# Not rows of the training data, which may be private.
 _GOLDEN_TEXTS = (
     "",
     "How do I sort a list in Python?",
     "naïve café – “quotes” €5, ΑΒΓ, привет, 你好, 👩‍👩‍👧",
     "I am still waiting on my card, it was due two weeks ago! " * 8,
 )
-_EXPORT_TOLERANCE, _LOAD_TOLERANCE = 1e-4, 1e-3  # of logits
-_STAMP = "%Y%m%d%H%M%S"  # UTC, how the name of a run begins
-_PACKAGES = (
-    "tensorflow tf-keras bert-for-tf2 numpy tokenizers sentencepiece onnx onnxruntime"
-).split()
+_PACKAGES = "tensorflow tf-keras bert-for-tf2 numpy tokenizers sentencepiece onnx"
 _MANIFEST_TYPES = {
     "format": int,
     "model_type": str,
@@ -1679,17 +1677,17 @@ _GOLDEN_TYPES = {"text": str, "token_ids": list, "logits": list}
 
 
 def onnx_model(config: dict, weights: dict[str, np.ndarray]) -> bytes:
-    """The serialised ONNX graph `ids` int64 [batch, length] -> `logits`, weights inside.
+    """The ONNX graph from `ids` int64 [batch, length] to `logits`, weights inside.
 
     Built node by node from ONNX Runtime's fused BERT operators (domain com.microsoft),
-    so nothing is traced or converted. `weights` are those of `Model.variables`; an
-    array that several layers share is stored once.
+    so nothing is traced or converted. `weights` are `Model.weights()`; an array that
+    several layers share is stored once.
     """
     from onnx import TensorProto, helper, numpy_helper
 
-    graph = _Graph(config, weights)
-    graph.logits("ids", "logits")
-    value, n_labels = helper.make_tensor_value_info, len(weights["classifier/bias"])
+    graph, n_labels = _Graph(config, weights), len(weights["classifier/bias"])
+    graph.build("ids", "logits")
+    value = helper.make_tensor_value_info
     ids = value("ids", TensorProto.INT64, ["batch", "length"])
     logits = value("logits", TensorProto.FLOAT, ["batch", n_labels])
     arrays = [numpy_helper.from_array(a, name) for name, a in graph.arrays.items()]
@@ -1733,54 +1731,47 @@ class _Graph:
         x = self.op("MatMul", x, self.array(kernel))
         return self.op("Add", x, self.array(bias), output=output)
 
-    def logits(self, ids: str, output: str) -> None:
-        int32, zero = 6, self.constant("zero", np.int64(0))
-        mask = self.op("Not", self.op("Equal", ids, zero))
-        mask = self.op("Cast", mask, to=int32)  # [B, L], 1: a token
+    def build(self, ids: str, output: str) -> None:
+        int32, n_layers = 6, self.config["num_hidden_layers"]
+        mask = self.op("Equal", ids, self.constant("zero", np.int64(0)))
+        mask = self.op("Cast", self.op("Not", mask), to=int32)  # [B, L], 1: a token
         x = self.embeddings(self.op("Cast", ids, to=int32))
-        n_layers = self.config["num_hidden_layers"]
         for layer in range(n_layers):
             x = self.layer(layer, x, mask, is_last=layer == n_layers - 1)
-        x = self.op("Squeeze", x, self.constant("axes", [1]))  # [B, H]
+        x = self.op("Squeeze", x, self.constant("axis", [1]))  # [B, H]
         x = self.op("Tanh", self.product(x, "pooler/dense/kernel", "pooler/dense/bias"))
         self.product(x, "classifier/kernel", "classifier/bias", output)
 
     def embeddings(self, ids: str) -> str:
-        word, position, segment = (
-            f"embeddings/{kind}_embeddings/embeddings"
-            for kind in ("word", "position", "token_type")
-        )
+        tables = (f"embeddings/{k}_embeddings/embeddings" for k in _EMBEDDINGS)
+        word, position, segment = tables
         # segment 0 belongs to every position, so it is added once and for all
         table = self.weights[position] + self.weights[segment][0]
-        norm = "embeddings/LayerNorm"
-        tables = (self.array(word), self.constant(position, table), "")
-        norm = (self.array(f"{norm}/gamma"), self.array(f"{norm}/beta"))
+        norm = [
+            self.array(f"embeddings/LayerNorm/{part}") for part in ("gamma", "beta")
+        ]
+        inputs = (ids, "", self.array(word), self.constant(position, table), "", *norm)
         eps = self.config["layer_norm_eps"]
-        x = self.fused("EmbedLayerNormalization", ids, "", *tables, *norm, epsilon=eps)
-        if self.config["model_type"] == "bert":
-            return x
+        x = self.fused("EmbedLayerNormalization", *inputs, epsilon=eps)
         projector = "embeddings/word_embeddings_projector"
+        if f"{projector}/bias" not in self.weights:
+            return x
         return self.product(x, f"{projector}/projector", f"{projector}/bias")
 
     def layer(self, layer: int, x: str, mask: str, is_last: bool) -> str:
         name = _layer_name(self.config, layer)
         parts = [f"{name}/attention/self/{part}" for part in ("query", "key", "value")]
-        kernels, biases = (
-            [f"{p}/{kind}" for p in parts] for kind in ("kernel", "bias")
-        )
+        kernels, bias = [f"{p}/kernel" for p in parts], [f"{p}/bias" for p in parts]
         heads = {"num_heads": self.config["num_attention_heads"]}
         if is_last:  # only [CLS] asks
-            bounds = {"starts": 0, "ends": 1, "axes": 1}
-            bounds = [self.constant(key, [value]) for key, value in bounds.items()]
-            rows = (self.op("Slice", x, *bounds), x, x)
-            y = [
-                self.op("MatMul", *pair) for pair in zip(rows, map(self.array, kernels))
-            ]
-            x, inputs = rows[0], (*y, self.array(*biases), mask)
-            y = self.fused("MultiHeadAttention", *inputs, **heads)
+            bounds = (("starts", 0), ("ends", 1), ("axis", 1))
+            cls = self.op("Slice", x, *(self.constant(key, [i]) for key, i in bounds))
+            rows = zip((cls, x, x), map(self.array, kernels))
+            x, inputs = cls, [self.op("MatMul", *pair) for pair in rows]
+            kind = "MultiHeadAttention"
         else:
-            inputs = (x, self.array(*kernels), self.array(*biases), mask)
-            y = self.fused("Attention", *inputs, **heads)
+            kind, inputs = "Attention", [x, self.array(*kernels)]
+        y = self.fused(kind, *inputs, self.array(*bias), mask, **heads)
         x = self.add_norm(x, y, f"{name}/attention/output")
         y = self.op("MatMul", x, self.array(f"{name}/intermediate/kernel"))
         y = self.activation(y, self.array(f"{name}/intermediate/bias"))
@@ -1813,145 +1804,160 @@ def train(
     the last good model stays the latest.
     """
     _check_config(config)
-    rest, held_out = _load_data(config, data, test)
-    labels = check_labels(rest)
-    checkpoint_dir = fetch_pretrained(config.model_name, config.models_dir)
-    config = _resolve(config, checkpoint_dir)
-    _check_config(config)
-    tokenizer = load_tokenizer(checkpoint_dir)
-    _choose_gpu(config.gpu)
-    options = {"precision": config.precision, "seed": config.seed}
-    model = build_model(checkpoint_dir, len(labels), **options)
-    _check_fit(config, model, tokenizer)
-    parts = [
-        _encode_rows(examples, labels, tokenizer, config.max_seq_len)
-        for examples in split_examples(rest, config.validation_size, config.seed)
-    ]
-    run_dir = _new_run(Path(config.models_dir), config.model_name)
-    trainer = _Trainer(config, model, run_dir)
-    trainer.fit(*parts)
-    metrics = _evaluate(trainer, held_out, labels, tokenizer, run_dir)
-    _write_run(run_dir, trainer, tokenizer, labels, rest, metrics)
-    return _publish_run(run_dir, Path(config.models_dir))
-
-
-def _load_data(config: TrainConfig, data: Any, test: Any) -> tuple[Examples, Examples]:
-    """The examples to train and validate on, and those for the test."""
     columns = (config.text_column, config.label_column, config.models_dir)
-    examples = load_examples("stackoverflow" if data is None else data, *columns)
+    rest = load_examples("stackoverflow" if data is None else data, *columns)
     if test is None:
-        return split_examples(examples, config.test_size, config.seed)
-    return examples, load_examples(test, *columns)
+        rest, held_out = split_examples(rest, config.test_size, config.seed)
+    else:
+        held_out = load_examples(test, *columns)
+    run = _Run(config, check_labels(rest))
+    trainer = _Trainer(run.config, run.model, run.make_dir())
+    parts = split_examples(rest, config.validation_size, config.seed)
+    trainer.fit(*map(run.encode, parts))
+    run.write(rest, run.evaluate(trainer, held_out))
+    return run.publish()
 
 
-def _check_fit(config: TrainConfig, model: Model, tokenizer: Tokenizer) -> None:
-    longest, n_pieces = (
-        model.config[key] for key in ("max_position_embeddings", "vocab_size")
-    )
-    if config.max_seq_len > longest:
-        raise TrainingError(
-            f"max_seq_len is {config.max_seq_len}, but {config.model_name} has "
-            f"positions for {longest} tokens; lower it"
+class _Run:
+    """What is trained, and the folder that it fills."""
+
+    def __init__(self, config: TrainConfig, labels: list[str]) -> None:
+        checkpoint_dir = fetch_pretrained(config.model_name, config.models_dir)
+        self.config, self.labels = _resolve(config, checkpoint_dir), labels
+        _check_config(self.config)
+        self.tokenizer = load_tokenizer(checkpoint_dir)
+        _choose_gpu(config.gpu)
+        options = {"precision": config.precision, "seed": config.seed}
+        self.model = build_model(checkpoint_dir, len(labels), **options)
+        n_tokens, n_positions, n_pieces, n_embeddings = (
+            self.config.max_seq_len,
+            self.model.config["max_position_embeddings"],
+            self.tokenizer.vocab_size,
+            self.model.config["vocab_size"],
         )
-    if tokenizer.vocab_size > n_pieces:
-        raise PretrainedError(
-            f"{tokenizer.vocab_path} has {tokenizer.vocab_size} pieces, the model has "
-            f"embeddings for {n_pieces}; take the vocabulary the model came with"
-        )
+        if n_tokens > n_positions:
+            words = f"the model has positions for {n_positions} tokens; lower it"
+            raise TrainingError(f"max_seq_len is {n_tokens}, but {words}")
+        if n_pieces > n_embeddings:
+            words = f"the model has {n_embeddings}; take the vocabulary it came with"
+            raise PretrainedError(
+                f"{checkpoint_dir}: vocabulary of {n_pieces}, {words}"
+            )
+
+    def make_dir(self) -> Path:
+        """Makes `trained/<UTC>_<model name>.unfinished`, for this process alone."""
+        path, trained_dir = Path(self.config.model_name), self.config.models_dir
+        name = path.resolve().name if path.exists() else str(path).replace("/", "--")
+        while True:
+            stamp = time.strftime(_STAMP, time.gmtime())
+            self.final_dir = Path(trained_dir, "trained", f"{stamp}_{name}")
+            self.run_dir = Path(f"{self.final_dir}.unfinished")
+            with contextlib.suppress(FileExistsError):
+                if not self.final_dir.exists():
+                    self.run_dir.mkdir(parents=True)
+                    return self.run_dir
+            time.sleep(0.2)  # the second is taken by another run
+
+    def encode(self, examples: Examples) -> _Rows:
+        token_ids = self.tokenizer.encode(examples.texts, self.config.max_seq_len)
+        number = {label: i for i, label in enumerate(self.labels)}
+        label_ids = [number[label] for label in examples.labels]
+        return _Rows(token_ids, np.array(label_ids, np.int32))
+
+    def evaluate(self, trainer: _Trainer, examples: Examples) -> dict:
+        """The content of metrics.json; draws the confusion matrix if there are rows."""
+        n_texts = self.config.n_epochs * trainer.n_rows
+        metrics = {
+            "accuracy": None,
+            "macro_f1": None,
+            "train_texts_per_s": round(n_texts / trainer.seconds, 1),
+            "train_seconds": round(trainer.seconds, 1),
+            "validation": trainer.history,
+        }
+        if examples.texts:
+            token_ids = self.tokenizer.encode(examples.texts, self.config.max_seq_len)
+            predicted = [self.labels[i] for i in trainer.predict(token_ids).argmax(-1)]
+            metrics |= evaluate_predictions(examples.labels, predicted, self.labels)
+            path = self.run_dir / "confusion_matrix.png"
+            plot_confusion_matrix(examples.labels, predicted, path)
+        return metrics
+
+    def write(self, examples: Examples, metrics: dict) -> None:
+        """Writes the rest; raises ArtifactError if the export is not exact."""
+        import h5py
+
+        run_dir, weights, config = self.run_dir, self.model.weights(), self.model.config
+        model_type = config["model_type"]
+        vocab_name = "30k-clean.model" if model_type == "albert" else "vocab.txt"
+        shutil.copyfile(self.tokenizer.vocab_path, run_dir / vocab_name)
+        (run_dir / "model.onnx").write_bytes(onnx_model(config, weights))
+        with h5py.File(run_dir / "model.weights.h5", "w") as file:
+            for name, array in weights.items():
+                file[name] = array
+        session = _open_session(run_dir / "model.onnx", model_type)
+        golden, max_seq_len = self.golden_rows(), self.config.max_seq_len
+        _check_golden(session, self.tokenizer, golden, max_seq_len, _EXPORT_TOLERANCE)
+        _write_json(run_dir / "golden.json", golden)
+        _write_json(run_dir / "metrics.json", metrics)
+        _write_json(run_dir / f"{model_type}_config.json", config)
+        rows = json.dumps([examples.texts, examples.labels]).encode()
+        files = ("model.onnx", vocab_name, "golden.json")
+        manifest = {
+            "format": FORMAT,
+            **dataclasses.asdict(self.config),
+            "model_type": model_type,
+            "do_lower_case": self.tokenizer.do_lower_case,
+            "labels": self.labels,
+            "trained_at": f"{datetime.strptime(run_dir.name[:14], _STAMP)}",
+            "metrics": {key: metrics[key] for key in ("accuracy", "macro_f1")},
+            "data": {
+                "n": len(examples.texts),
+                "sha256": hashlib.sha256(rows).hexdigest(),
+            },
+            "versions": {name: version(name) for name in _PACKAGES.split()},
+            "bertflask": __version__,
+            "files": {name: _digest(run_dir / name) for name in files},
+        }
+        _write_json(run_dir / "config.json", manifest)
+        (run_dir / "README.md").write_text(_model_card(manifest), "utf-8")
+
+    def golden_rows(self) -> list[dict]:
+        """Fixed texts with their logits, by TensorFlow in float32 on the CPU."""
+        model = Model(self.model.config, self.model.variables)
+        token_ids = self.tokenizer.encode(_GOLDEN_TEXTS, self.config.max_seq_len)
+        with _tensorflow().device("/CPU:0"):
+            logits = model.logits(pad(token_ids)).numpy()
+        return [
+            {"text": text, "token_ids": ids.tolist(), "logits": row.tolist()}
+            for text, ids, row in zip(_GOLDEN_TEXTS, token_ids, logits)
+        ]
+
+    def publish(self) -> Path:
+        """Gives the complete run its final name, then makes it the latest."""
+        os.rename(self.run_dir, self.final_dir)
+        latest = {
+            "model_dir": f"trained/{self.final_dir.name}",
+            "model_type": self.model.config["model_type"],
+            "max_seq_len": self.config.max_seq_len,
+        }
+        _write_json(Path(self.config.models_dir, LATEST), latest)
+        return self.final_dir
 
 
-def _encode_rows(
-    examples: Examples, labels: list[str], tokenizer: Tokenizer, max_seq_len: int
-) -> _Rows:
-    number = {label: i for i, label in enumerate(labels)}
-    label_ids = np.array([number[label] for label in examples.labels], np.int32)
-    return _Rows(tokenizer.encode(examples.texts, max_seq_len), label_ids)
+def _model_card(manifest: dict) -> str:
+    figures = ", ".join(f"{key} {value}" for key, value in manifest["metrics"].items())
+    labels = "".join(f"- {' '.join(label.split())}\n" for label in manifest["labels"])
+    return f"""# Text classifier on {manifest["model_name"]}
 
+Fine-tuned by bertflask {manifest["bertflask"]} at {manifest["trained_at"]} UTC on
+{manifest["data"]["n"]} texts, cut at {manifest["max_seq_len"]} tokens. On held-out texts:
+{figures}. The figures say nothing about texts of another kind or time.
 
-def _evaluate(
-    trainer: _Trainer,
-    examples: Examples,
-    labels: list[str],
-    tokenizer: Tokenizer,
-    run_dir: Path,
-) -> dict:
-    """The content of metrics.json; writes the confusion matrix if there are rows."""
-    n_texts = trainer.config.n_epochs * trainer.n_rows
-    metrics = {
-        "accuracy": None,
-        "macro_f1": None,
-        "train_texts_per_s": round(n_texts / trainer.seconds, 1),
-        "train_seconds": round(trainer.seconds, 1),
-        "validation": trainer.history,
-    }
-    if examples.texts:
-        token_ids = tokenizer.encode(examples.texts, trainer.config.max_seq_len)
-        predicted = [labels[i] for i in trainer.predict(token_ids).argmax(-1)]
-        metrics |= evaluate_predictions(examples.labels, predicted, labels)
-        path = run_dir / "confusion_matrix.png"
-        plot_confusion_matrix(examples.labels, predicted, path)
-    return metrics
+Serve it with `python bertflask.py serve --run FOLDER`, FOLDER being this folder.
 
+## Labels
 
-def _new_run(models_dir: Path, model_name: str) -> Path:
-    """A new folder `trained/<UTC>_<model name>.unfinished`, this process's alone."""
-    trained_dir = models_dir / "trained"
-    trained_dir.mkdir(parents=True, exist_ok=True)
-    is_path = Path(model_name).exists()
-    name = Path(model_name).resolve().name if is_path else model_name.replace("/", "--")
-    while True:
-        final_dir = trained_dir / f"{time.strftime(_STAMP, time.gmtime())}_{name}"
-        run_dir = final_dir.with_name(f"{final_dir.name}.unfinished")
-        with contextlib.suppress(FileExistsError):
-            if not final_dir.exists():
-                run_dir.mkdir()
-                return run_dir
-        time.sleep(0.2)  # the second is taken by another run
-
-
-def _write_run(
-    run_dir: Path,
-    trainer: _Trainer,
-    tokenizer: Tokenizer,
-    labels: list[str],
-    examples: Examples,
-    metrics: dict,
-) -> None:
-    """Writes what an artifact holds besides pictures and TensorBoard's files."""
-    import h5py
-
-    model, config = trainer.model, trainer.config
-    weights, model_type = model.weights(), model.config["model_type"]
-    (run_dir / "model.onnx").write_bytes(onnx_model(model.config, weights))
-    with h5py.File(run_dir / "model.weights.h5", "w") as file:
-        for name, array in weights.items():
-            file[name] = array
-    vocab_name = "30k-clean.model" if model_type == "albert" else "vocab.txt"
-    shutil.copyfile(tokenizer.vocab_path, run_dir / vocab_name)
-    _write_json(run_dir / f"{model_type}_config.json", model.config)
-    golden = _golden_rows(model, tokenizer, config.max_seq_len)
-    _write_json(run_dir / "golden.json", golden)
-    _write_json(run_dir / "metrics.json", metrics)
-    session = _open_session(run_dir / "model.onnx", model_type)
-    _check_golden(session, tokenizer, golden, config.max_seq_len, _EXPORT_TOLERANCE)
-    files = ("model.onnx", vocab_name, "golden.json")
-    rows = json.dumps([examples.texts, examples.labels]).encode()
-    digest = hashlib.sha256(rows).hexdigest()
-    manifest = {
-        "format": FORMAT,
-        **dataclasses.asdict(config),
-        "model_type": model_type,
-        "do_lower_case": tokenizer.do_lower_case,
-        "labels": labels,
-        "trained_at": f"{datetime.strptime(run_dir.name[:14], _STAMP)}",
-        "metrics": {key: metrics[key] for key in ("accuracy", "macro_f1")},
-        "data": {"n": len(examples.texts), "sha256": digest},
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
-        "bertflask": __version__,
-        "files": {name: _digest(run_dir / name) for name in files},
-    }
-    _write_json(run_dir / "config.json", manifest)
-    (run_dir / "README.md").write_text(_model_card(manifest), "utf-8")
+{labels}"""
 
 
 @contextlib.contextmanager
@@ -1973,45 +1979,6 @@ def _write_json(path: Path, value: Any) -> None:
         json.dump(value, file, indent=1, ensure_ascii=False)
 
 
-def _model_card(manifest: dict) -> str:
-    accuracy, macro_f1 = manifest["metrics"].values()
-    tested = "It was not tested."
-    if accuracy is not None:
-        tested = f"On held-out texts: accuracy {accuracy:.4f}, macro F1 {macro_f1:.4f}."
-    labels = "\n".join(f"- {' '.join(label.split())}" for label in manifest["labels"])
-    return (
-        f"# Text classifier on {manifest['model_name']}\n\n"
-        f"Fine-tuned by bertflask {manifest['bertflask']} at {manifest['trained_at']} UTC "
-        f"on {manifest['data']['n']} texts with {len(manifest['labels'])} labels, cut at "
-        f"{manifest['max_seq_len']} tokens. {tested} The figures say nothing about texts "
-        "of another kind or time.\n\nServe it with `python bertflask.py serve --run "
-        f"FOLDER`, FOLDER being this folder.\n\n## Labels\n\n{labels}\n"
-    )
-
-
-def _publish_run(run_dir: Path, models_dir: Path) -> Path:
-    """Gives a complete run its final name, then makes it the latest."""
-    final_dir = run_dir.with_suffix("")
-    os.rename(run_dir, final_dir)
-    config = _read_json(final_dir / "config.json", _MANIFEST_TYPES)
-    latest = {"model_dir": str(final_dir.relative_to(models_dir))}
-    latest |= {key: config[key] for key in ("model_type", "max_seq_len")}
-    _write_json(models_dir / LATEST, latest)
-    return final_dir
-
-
-def _golden_rows(model: Model, tokenizer: Tokenizer, max_seq_len: int) -> list[dict]:
-    """Fixed texts with their logits, by TensorFlow in float32 on the CPU."""
-    token_ids = tokenizer.encode(_GOLDEN_TEXTS, max_seq_len)
-    with _tensorflow().device("/CPU:0"):
-        exact = Model(model.config, model.variables)
-        logits = exact.logits(pad(token_ids)).numpy()
-    return [
-        {"text": text, "token_ids": ids.tolist(), "logits": row.tolist()}
-        for text, ids, row in zip(_GOLDEN_TEXTS, token_ids, logits)
-    ]
-
-
 def _check_golden(
     session: Any,
     tokenizer: Tokenizer,
@@ -2023,21 +1990,18 @@ def _check_golden(
     token_ids = tokenizer.encode([row["text"] for row in rows], max_seq_len)
     if [ids.tolist() for ids in token_ids] != [row["token_ids"] for row in rows]:
         raise ArtifactError("the tokenizer does not give the token ids of golden.json")
+    worst = float("inf")
     with _onnx_errors("model.onnx"):
         logits = _run_session(session, token_ids)
-    worst = float("inf")
-    with contextlib.suppress(ValueError, TypeError):  # not the same shape, not numbers
         worst = np.abs(logits - np.array([row["logits"] for row in rows])).max()
     if not worst <= tolerance:  # NaN fails too
-        raise ArtifactError(
-            f"model.onnx is up to {worst:.2g} off the logits in golden.json, allowed "
-            f"is {tolerance}; train the model again"
-        )
+        words = f"allowed is {tolerance}; train the model again"
+        raise ArtifactError(f"model.onnx is up to {worst:.2g} off the logits, {words}")
 
 
 def _run_session(session: Any, token_ids: Sequence[np.ndarray]) -> np.ndarray:
     """Logits of one batch of encoded texts, float32 [n, n_labels]."""
-    return session.run(None, {"ids": pad(token_ids).astype(np.int64)})[0]
+    return session.run(None, {"ids": pad(token_ids)})[0]
 
 
 @contextlib.contextmanager
@@ -2062,32 +2026,17 @@ def _open_session(model_path: Path, model_type: str) -> Any:
         return onnxruntime.InferenceSession(str(model_path), options, providers)
 
 
-@dataclass(frozen=True)
-class Artifact:
-    """A verified run, ready to predict: what serving needs of it."""
-
-    run_dir: Path
-    name: str
-    labels: list[str]
-    max_seq_len: int
-    tokenizer: Tokenizer
-    session: Any
-
-
 def find_run(run_dir: str | Path | None, models_dir: str | Path = "models") -> Path:
     """`run_dir`, or the run that latest_model_config.json names; ArtifactError if none."""
     if run_dir is None:
-        latest = Path(models_dir) / LATEST
+        latest = Path(models_dir, LATEST)
         if not latest.exists():
-            raise ArtifactError(
-                f"{latest} does not exist: no model was trained yet; train one with "
-                "`python bertflask.py train` or name its folder with --run"
-            )
+            words = "no model was trained yet; use `python bertflask.py train` or --run"
+            raise ArtifactError(f"{latest} does not exist: {words}")
         run_dir = latest.parent / _read_json(latest, {"model_dir": str})["model_dir"]
-    if not (Path(run_dir) / "config.json").is_file():
-        raise ArtifactError(
-            f"{run_dir}: no config.json; name the folder of a finished run"
-        )
+    if not Path(run_dir, "config.json").is_file():
+        words = "no config.json; name the folder of a finished run"
+        raise ArtifactError(f"{run_dir}: {words}")
     return Path(run_dir)
 
 
@@ -2096,12 +2045,23 @@ def _read_json(path: Path, types: dict[str, type]) -> Any:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path}: no readable JSON: {error}") from None
+        raise ArtifactError(f"{path}: no readable JSON: {_one_line(error)}") from None
     for item in value if isinstance(value, list) else [value]:
         for key, kind in types.items():
             if not isinstance(item, dict) or type(item.get(key)) is not kind:
                 raise ArtifactError(f"{path}: no {key!r} that is a {kind.__name__}")
     return value
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A verified run, ready to predict: what serving needs of it."""
+
+    name: str
+    labels: list[str]
+    max_seq_len: int
+    tokenizer: Tokenizer
+    session: Any
 
 
 def load_artifact(run_dir: str | Path) -> Artifact:
@@ -2110,42 +2070,41 @@ def load_artifact(run_dir: str | Path) -> Artifact:
     Raises ArtifactError if it is damaged, of another format or answers otherwise.
     """
     run_dir = Path(run_dir)
-    config = _read_json(run_dir / "config.json", _MANIFEST_TYPES)
-    _check_manifest(run_dir, config)
-    session = _open_session(run_dir / "model.onnx", config["model_type"])
-    tokenizer = load_tokenizer(run_dir, config["do_lower_case"])
-    rows = _read_json(run_dir / "golden.json", _GOLDEN_TYPES)
+    config = _load_manifest(run_dir)
     labels, max_seq_len = config["labels"], config["max_seq_len"]
+    tokenizer = load_tokenizer(run_dir, config["do_lower_case"])
+    session = _open_session(run_dir / "model.onnx", config["model_type"])
+    rows = _read_json(run_dir / "golden.json", _GOLDEN_TYPES)
     if any(len(row["logits"]) != len(labels) for row in rows):
         raise ArtifactError(f"{run_dir}: golden.json is not for {len(labels)} labels")
     _check_golden(session, tokenizer, rows, max_seq_len, _LOAD_TOLERANCE)
-    digest = config["files"]["model.onnx"]
-    name = f"{config['model_type'].upper()} {config['trained_at']} {digest[:8]}"
-    return Artifact(run_dir, name, labels, max_seq_len, tokenizer, session)
+    digest = config["files"]["model.onnx"][:8]
+    name = f"{config['model_type'].upper()} {config['trained_at']} {digest}"
+    return Artifact(name, labels, max_seq_len, tokenizer, session)
 
 
-def _check_manifest(run_dir: Path, config: dict) -> None:
-    """Raises ArtifactError unless the files that serving reads are as it says."""
-    labels, files = config["labels"], config["files"]
+def _load_manifest(run_dir: Path) -> dict:
+    """config.json of a run whose files are as it says; raises ArtifactError."""
+    config = _read_json(run_dir / "config.json", _MANIFEST_TYPES)
+    labels, files, problem = config["labels"], config["files"], None
     if config["format"] != FORMAT:
-        words = f"format {config['format']}, this bertflask reads {FORMAT}"
-        raise ArtifactError(f"{run_dir}: {words}; use the bertflask that wrote it")
-    if len(labels) < 2 or not all(isinstance(label, str) for label in labels):
-        raise ArtifactError(f"{run_dir}/config.json: labels are not two or more texts")
-    if not 3 <= config["max_seq_len"] <= 2**16:
-        raise ArtifactError(f"{run_dir}/config.json: max_seq_len does not work")
-    if not {"model.onnx", "golden.json"} < files.keys():
-        raise ArtifactError(f"{run_dir}/config.json: files lists too few of them")
-    for name, digest in files.items():
+        problem = f"format {config['format']}, this bertflask reads {FORMAT}"
+    elif len(labels) < 2 or not all(isinstance(label, str) for label in labels):
+        problem = "labels are not two or more texts"
+    elif not 3 <= config["max_seq_len"] <= 2**16:
+        problem = f"max_seq_len {config['max_seq_len']} does not work"
+    elif not {"model.onnx", "golden.json"} < files.keys():
+        problem = "files does not list all that serving needs"
+    for name, digest in {} if problem else files.items():
         path = run_dir / name
         # only plain names: nothing outside the run's own folder is read
         if Path(name).name != name or path.is_symlink() or not path.is_file():
-            raise ArtifactError(f"{run_dir}: {name!r} is not a file of this run")
-        if (found := _digest(path)) != digest:
-            raise ArtifactError(
-                f"{path}: sha256 is {found[:8]}, config.json says {str(digest)[:8]}: it is "
-                "damaged; copy the run again or train anew"
-            )
+            problem = f"{name!r} is not a file of this run"
+        elif _digest(path) != digest:
+            problem = f"sha256 of {name} is another, it is damaged; train or copy anew"
+    if problem:
+        raise ArtifactError(f"{run_dir}/config.json: {problem}")
+    return config
 
 
 # === 11. Prediction: Prediction, Classifier ===
@@ -2183,9 +2142,15 @@ class Classifier:
 
     def predict(self, texts: Sequence[str], top_k: int = 1) -> list[Prediction]:
         """One Prediction a text, in order, with its `top_k` best labels."""
-        rows, truncated = self._classify(texts)
-        best = np.argsort(-rows, axis=-1, kind="stable")[:, :top_k]
-        return [self._prediction(*parts) for parts in zip(rows, best, truncated)]
+        found = []
+        for row, truncated in zip(*self._classify(texts)):
+            best = np.argsort(-row, kind="stable")[:top_k]
+            rows = [
+                {"label": self.labels[i], "probability": float(row[i])} for i in best
+            ]
+            rest = {"truncated": truncated, "top_k": rows, "model": self.name}
+            found.append(Prediction(**rows[0], **rest))
+        return found
 
     def _classify(self, texts: Sequence[str]) -> tuple[np.ndarray, list[bool]]:
         """Probabilities, and which texts were cut."""
@@ -2201,12 +2166,6 @@ class Classifier:
             logits[rows] = _run_session(self.artifact.session, batch)
         exp = np.exp(logits - logits.max(-1, keepdims=True))
         return exp / exp.sum(-1, keepdims=True), truncated
-
-    def _prediction(
-        self, row: np.ndarray, best: np.ndarray, truncated: bool
-    ) -> Prediction:
-        top_k = [{"label": self.labels[i], "probability": float(row[i])} for i in best]
-        return Prediction(**top_k[0], truncated=truncated, top_k=top_k, model=self.name)
 
 
 # === 12. HTTP: create_app, serve ===
