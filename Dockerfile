@@ -60,5 +60,5 @@ RUN python3 -m venv /opt/venv \
       -r /opt/requirements.txt "${TENSORFLOW}"
 EXPOSE 6006
 # TensorBoard runs for as long as the command does.
-ENTRYPOINT ["sh", "-c", "tensorboard --logdir models/trained --bind_all --port 6006 >/tmp/tensorboard.log 2>&1 & exec \"$@\"", "sh"]
+ENTRYPOINT ["sh", "-c", "CUDA_VISIBLE_DEVICES=-1 tensorboard --logdir models/trained --bind_all --port 6006 >/tmp/tensorboard.log 2>&1 & exec \"$@\"", "sh"]
 CMD ["python", "bertflask.py", "train"]

@@ -8,6 +8,7 @@ import errno
 import functools
 import hashlib
 import http.client
+import importlib.metadata
 import io
 import json
 import logging
@@ -41,6 +42,7 @@ from conftest import SHARED, TINY_CONFIG
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from packaging.requirements import Requirement
 from sklearn import metrics
 
 import bertflask
@@ -3511,3 +3513,184 @@ def test_a_reader_that_goes_away_is_met_in_silence():
         process.stdin.write(b"go\n")
         process.stdin.flush()
         assert process.stderr.read() == b""
+
+
+# --- the README and the file alone ---
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def readme_blocks(kind):
+    return re.findall(rf"^```{kind}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+def readme_lines(start):
+    lines = "\n".join(readme_blocks("sh")).splitlines()
+    return [line for line in lines if line.startswith(start)]
+
+
+@pytest.mark.parametrize("line", readme_lines("make "))
+def test_make_knows_the_targets_of_the_readme(line):
+    command = f"{line} --dry-run"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_files_that_the_readme_installs_are_there():
+    names = re.findall(r"[\w-]+\.txt", "".join(readme_lines("pip install")))
+    assert names == [
+        "build-constraints.txt",
+        "build-constraints.txt",
+        "requirements.txt",
+    ]
+    assert all((ROOT / name).exists() for name in names)
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(TrainConfig), ids=lambda f: f.name)
+def test_the_readme_has_every_parameter_with_its_default(field):
+    default = field.default
+    if default is None:
+        default = field.metadata["else_"]
+    flag = f"--{field.name.replace('_', '-')}"
+    assert f"| `{flag}` | {default} |" in README
+
+
+def test_the_readme_gives_a_reason_for_every_requirement():
+    names = re.findall(
+        r"^([\w-]+)==", (ROOT / "requirements.txt").read_text()
+        + (ROOT / "requirements-serve.txt").read_text(), re.MULTILINE
+    )  # fmt: skip
+    reasons = README.split("| package | why |")[1].split("\n\n")[0]
+    words = set(re.findall(r"[\w-]+", reasons))
+    assert len(names) > 20 and set(names) <= words
+
+
+def run_in(folder, command, **kwargs):
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environ = {**os.environ, "PATH": path}
+    return subprocess.run(
+        command,
+        shell=True,
+        cwd=folder,
+        env=environ,
+        capture_output=True,
+        text=True,
+        **kwargs,
+    )
+
+
+@pytest.fixture(scope="module")
+def readme_folder(tmp_path_factory, tiny_bert_dir, examples):
+    """A folder with the module and data, where the README's training has been run."""
+    folder = tmp_path_factory.mktemp("readme")
+    shutil.copy(ROOT / "bertflask.py", folder)
+    rows = list(zip(examples.texts, examples.labels))
+    for name, part in (
+        ("texts.csv", rows),
+        ("test.csv", rows[:9]),
+        ("new.csv", rows[:3]),
+    ):
+        with open(folder / name, "w", newline="") as file:
+            csv.writer(file).writerows([("text", "label"), *part])
+    (train_line,) = [line for line in readme_lines("python ") if " train " in line]
+    line = train_line.replace(MINILM, f"{tiny_bert_dir} --max-seq-len 16 --n-epochs 2")
+    done = run_in(folder, line)
+    assert done.returncode == 0, done.stderr
+    (result,) = readme_blocks("json")[:1]
+    assert json.loads(done.stdout.splitlines()[-1]).keys() == json.loads(result).keys()
+    return folder
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+def test_the_commands_of_the_readme_work(readme_folder, command):
+    (line,) = readme_lines(f"python bertflask.py {command} ")
+    done = run_in(readme_folder, line)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_python_of_the_readme_works(readme_folder):
+    (code,) = readme_blocks("python")
+    done = run_in(readme_folder, "python -", input=code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() in ("animal", "code", "colour")
+
+
+def test_the_curl_of_the_readme_gets_an_answer_of_the_shape_shown(readme_folder):
+    (line,), (curl,) = readme_lines("python bertflask.py serve"), readme_lines("curl ")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, *f"{line} --port {port}".split()[1:]]
+    server = subprocess.Popen(
+        command, cwd=readme_folder, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert "ready: " in server.stderr.readline()
+        done = run_in(readme_folder, curl.replace("5000", str(port)), timeout=60)
+        answer, shown = json.loads(done.stdout), json.loads(readme_blocks("json")[1])
+        assert answer.keys() == shown.keys()
+        server.terminate()
+        assert server.wait(30) == 0
+    finally:
+        server.kill()
+        server.stderr.close()
+
+
+def closure(requirements):
+    """The installed distributions that these need, themselves included."""
+    wanted, found = [Requirement(line) for line in requirements], {}
+    while wanted:
+        need = wanted.pop()
+        here = need.marker is None or need.marker.evaluate({"extra": ""})
+        if here and need.name not in found:
+            found[need.name] = importlib.metadata.distribution(need.name)
+            wanted += map(Requirement, found[need.name].requires or [])
+    return found.values()
+
+
+@pytest.fixture(scope="module")
+def serving_site(tmp_path_factory):
+    """A site-packages folder with the serving requirements alone, by links."""
+    site = tmp_path_factory.mktemp("site")
+    lines = (ROOT / "requirements-serve.txt").read_text().splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    for distribution in closure(pins):
+        for file in distribution.files:
+            top = file.parts[0]
+            target = Path(distribution.locate_file(top))
+            if top != ".." and target.exists() and not (site / top).is_symlink():
+                (site / top).symlink_to(target)
+    assert not (site / "tensorflow").exists() and (site / "onnxruntime").exists()
+    return site
+
+
+def run_alone(folder, site, *args):
+    code = f"import sys; sys.path[:0] = ['.', {str(site)!r}]; import bertflask; "
+    code += f"sys.exit(bertflask.main({list(args)!r}))"
+    command = [sys.executable, "-I", "-S", "-c", code]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+def test_the_file_alone_predicts_with_the_serving_requirements(
+    serving_site, run_dir, tmp_path
+):
+    shutil.copy(ROOT / "bertflask.py", tmp_path)
+    (tmp_path / "in.csv").write_text("text\nthe cat\nsort python\n")
+    done = run_alone(
+        tmp_path, serving_site, "predict", "in.csv", "out.csv", "--run", str(run_dir)
+    )
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / "out.csv", newline="") as file:
+        assert [row["label"] for row in csv.DictReader(file)] == ["animal", "code"]
+
+
+def test_a_missing_package_is_one_line_that_names_it(serving_site, tmp_path):
+    shutil.copy(ROOT / "bertflask.py", tmp_path)
+    (tmp_path / "in.csv").write_text("text,label\na,x\nb,y\nc,x\nd,y\n")
+    (tmp_path / "bert").mkdir()
+    for name, content in {"bert_config.json": "{}", "vocab.txt": "[PAD]\n[UNK]\n[CLS]\n[SEP]",
+                          "bert_model.ckpt.index": "", "bert_model.ckpt.data-00000-of-00001": ""}.items():  # fmt: skip
+        (tmp_path / "bert" / name).write_text(content)
+    done = run_alone(tmp_path, serving_site, "train", "in.csv", "--model-name", "bert")
+    assert done.returncode == 2
+    assert done.stderr == "error: tensorflow is not installed: pip install tensorflow\n"
