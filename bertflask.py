@@ -2426,10 +2426,7 @@ def _flag(field: dataclasses.Field) -> click.Option:
 
 _FLAGS = {field.name: _flag(field) for field in dataclasses.fields(TrainConfig)}
 _FLAGS["run_dir"] = click.Option(
-    ["--run", "run_dir"],
-    show_default="the latest",
-    metavar="DIR",
-    help="folder of a run",
+    ["--run", "run_dir"], show_default="the latest", metavar="DIR", help="trained run"
 )
 
 
