@@ -21,7 +21,6 @@ import contextlib
 import csv
 import dataclasses
 import difflib
-import errno
 import fcntl
 import functools
 import hashlib
@@ -2113,9 +2112,6 @@ class Classifier:
 
 # === 12. HTTP: create_app, serve ===
 
-# What differs from pip's name of a package that is missing
-_PIP_NAMES = {"tf_keras": "tf-keras", "sklearn": "scikit-learn", "bert": "bert-for-tf2"}
-
 
 def create_app(
     classifier: Any,
@@ -2133,16 +2129,15 @@ def create_app(
     top_k = Annotated[int, Field(ge=1, le=len(classifier.labels))] | None
     strict = {"strict": True}  # true is no number, 1 is no text
     body = create_model("Body", __config__=strict, x=(texts, ...), top_k=(top_k, None))
-    app = flask.Flask(__name__, static_folder=None, template_folder=None)
-    app.config.update(CLASSIFIER=classifier, PREDICT_BODY=body)
-    app.config["MAX_CONTENT_LENGTH"] = max_body_bytes + 1  # see _read_body
+    app = flask.Flask(__name__, static_folder=None)
+    app.config.update(CLASSIFIER=classifier, BODY=body, MAX_BODY_BYTES=max_body_bytes)
     app.json.sort_keys = False
     app.url_map.merge_slashes = False  # it redirects, with a page of HTML
     app.before_request(_start_request)
     app.after_request(_log_request)
     app.register_error_handler(Exception, _answer_error)
     app.add_url_rule("/predict", view_func=_predict, methods=["POST"])
-    app.add_url_rule("/health_check", view_func=_health_check)
+    app.add_url_rule("/health_check", "health_check", lambda: {"status": "ok"})
     return app
 
 
@@ -2168,28 +2163,21 @@ def _predict() -> dict[str, Any]:
     return answer | ({"top_k": [one.top_k for one in found]} if body.top_k else {})
 
 
-def _health_check() -> dict[str, str]:
-    return {"status": "ok"}
-
-
 def _read_body() -> Any:
     from flask import current_app, request
     from pydantic import ValidationError
-    from werkzeug.exceptions import RequestEntityTooLarge
 
-    limit = current_app.config["MAX_CONTENT_LENGTH"] - 1
+    limit = current_app.config["MAX_BODY_BYTES"]
     try:
-        raw = request.get_data(cache=False)
-        if len(raw) > limit:  # a chunked body comes cut to one byte too many
-            raise RequestEntityTooLarge
+        raw = request.stream.read(limit + 1)
+        if len(raw) > limit:
+            for _ in range(100):  # most clients first send all of a body
+                request.stream.read(2**20)
+            raise RequestError(f"the body is over {limit} bytes", 413, "body_too_large")
         parsed = json.loads(raw, parse_constant=int)  # int() refuses NaN and Infinity
-        return current_app.config["PREDICT_BODY"].model_validate(parsed)
-    except RequestEntityTooLarge:
-        with contextlib.suppress(Exception):  # most clients first send all of a body
-            for _ in range(100):
-                request.environ["wsgi.input"].read(2**20)
-        words = f"the body is larger than {limit} bytes"
-        raise RequestError(words, 413, "body_too_large") from None
+        return current_app.config["BODY"].model_validate(parsed)
+    except RequestError:
+        raise
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]
         field, *index = problem["loc"] or (None,)
@@ -2208,13 +2196,12 @@ def _answer_error(error: Exception) -> tuple[dict[str, Any], int, dict[str, str]
     if isinstance(error, HTTPException):  # 404, 405
         headers = {key: v for key, v in error.get_headers() if key == "Allow"}
         code = error.name.lower().replace(" ", "_")
-        error = RequestError(error.description or code, error.code or 500, code)
+        error = RequestError(error.description, error.code, code)
     elif not isinstance(error, RequestError):
         # without the exception's message, which may quote a text
         frames = "".join(traceback.format_tb(error.__traceback__))
         log.error("%s in request %s\n%s", type(error).__name__, g.request_id, frames)
-        words = f"an error of the server, which logged it as request {g.request_id}"
-        error = RequestError(words, 500, "internal_error")
+        error = RequestError(f"a bug, logged as {g.request_id}", 500, "internal_error")
     if error.status == 429:
         headers["Retry-After"] = "1"  # seconds
     parts = {"code": error.code, "message": str(error), "field": error.field}
@@ -2243,20 +2230,17 @@ def serve(
 ) -> None:
     """Serves a run until SIGTERM or SIGINT; then answers what was accepted, and exits.
 
-    Raises ArtifactError without a run, ServerError if it cannot listen; exits with 2,
-    one line on the log before it, where the worker cannot load the model.
+    Raises ServerError if it cannot listen; exits with 2 if it cannot load the model.
     """
     from gunicorn.app.base import BaseApplication
 
-    find_run(run_dir, models_dir)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, UnicodeError) as error:
         words = f"cannot listen on {host} port {port}: {_one_line(error)}"
         raise ServerError(f"{words}; give another --port") from None
-    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    name = f"[{name}]" if ":" in name else name
+    name = f"[{host}]" if ":" in host else host
     url = f"http://{name}:{listener.getsockname()[1]}"
     settings = _GUNICORN | {"bind": f"fd://{listener.detach()}", "threads": n_threads}
 
@@ -2279,15 +2263,11 @@ _GUNICORN = {
     "control_socket_disable": True,
     # By itself gunicorn answers SIGINT by dropping requests, and starts a worker that
     # fails to load again and again. The flag is memory shared with the worker.
-    "when_ready": lambda _: signal.signal(signal.SIGINT, _drain),
+    "when_ready": lambda server: setattr(server, "handle_int", server.handle_term),
     "pre_fork": lambda _, worker: setattr(worker, "has_loaded", mmap.mmap(-1, 1)),
     "post_worker_init": lambda worker: worker.has_loaded.write(b"1"),
     "child_exit": lambda _, worker: worker.has_loaded[0] or sys.exit(2),
 }
-
-
-def _drain(*_: object) -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _load_app(run_dir: str | None, models_dir: str, url: str) -> flask.Flask:
@@ -2296,33 +2276,35 @@ def _load_app(run_dir: str | None, models_dir: str, url: str) -> flask.Flask:
         classifier = Classifier.load(run_dir, models_dir)
         app = create_app(classifier)
     except Exception as error:
-        if (line := _error_line(error)) is None:
-            raise
-        log.error(line)
+        log.error(_error_line(error))
         raise SystemExit(0) from None  # then the server ends with 2, see child_exit
     curl = f"""curl {url}/predict -d '{{"x": ["a text"]}}'"""
     log.info("ready: %s serves %s; try: %s", url, classifier.name, curl)
     return app
 
 
-def _error_line(error: Exception) -> str | None:
-    """The line for an error that its user can mend; None for a bug of ours."""
-    line = str(error) if isinstance(error, BertFlaskError) else None
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        name = error.name.split(".")[0]
-        line = f"{name} is not installed: pip install {_PIP_NAMES.get(name, name)}"
-    elif isinstance(error, OSError):
-        if error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT):
-            line = f"{error.filename or 'writing'}: {error.strerror}"
-    return line and f"error: {' '.join(line.split())}"
+def _error_line(error: Exception) -> str:
+    """The line for an error that its user can mend; raises any other, a bug of ours."""
+    words = str(error)
+    if isinstance(error, ModuleNotFoundError):
+        words = f"{error.name} is not installed; install requirements.txt"
+    elif isinstance(error, click.UsageError):
+        words = f"{error.format_message()} (see {error.ctx.command_path} --help)"
+    elif not isinstance(error, (BertFlaskError, OSError)):
+        raise error
+    return f"error: {' '.join(words.split())}"
 
 
 # === 13. Command line: main ===
 
 _PROGRAM = "python bertflask.py"
+_EXAMPLE = f"\b\nExample:\n  {_PROGRAM} "
 
 
-@click.group(context_settings={"show_default": True})
+@click.group(
+    context_settings={"show_default": True},
+    epilog=f"{_EXAMPLE}train texts.csv --model-name minilm_L-6_H-384_A-12",
+)
 @click.version_option(__version__)
 def _commands() -> None:
     """Fine-tune BERT or ALBERT on a CSV of texts and labels, then serve it over HTTP.
@@ -2331,38 +2313,33 @@ def _commands() -> None:
     """
 
 
-def _command(name: str, example: str) -> Callable:
-    epilog = f"\b\nExample:\n  {_PROGRAM} {name} {example}".rstrip()
-    return _commands.command(name, epilog=epilog)
-
-
-def _config_option(field: dataclasses.Field) -> Callable:
-    """The flag of a field of TrainConfig."""
-    hint, meta = typing.get_type_hints(TrainConfig)[field.name], field.metadata
-    kind = click.Choice(meta["choices"]) if "choices" in meta else None
-    shown = meta.get("else_", True)  # what None stands for
-    if not isinstance(shown, (bool, str)):
+def _flag(field: dataclasses.Field) -> click.Option:
+    meta = field.metadata
+    shown = meta.get("else_")  # what None stands for
+    kind = type(field.default if shown is None else shown)
+    if isinstance(shown, (int, float)):
         shown = f"the model's recommendation, else {shown}"
-    return click.option(
-        "--" + field.name.replace("_", "-"),
-        type=kind or (*typing.get_args(hint), hint)[0],
-        default=field.default,
-        show_default=shown,
-        help=meta["help"],
-    )
+    if "choices" in meta:
+        kind = click.Choice(meta["choices"])
+    names = ["--" + field.name.replace("_", "-")]
+    texts = {"show_default": shown, "help": meta["help"]}
+    return click.Option(names, type=kind, default=field.default, **texts)
 
 
-_CONFIG_OPTIONS = {f.name: _config_option(f) for f in dataclasses.fields(TrainConfig)}
-_text_column, _label_column, _models_dir = (
-    _CONFIG_OPTIONS[name] for name in ("text_column", "label_column", "models_dir")
-)
-_run_dir = click.option(
-    "--run", "run_dir", metavar="DIR", show_default="the latest", help="folder of a run"
+_FLAGS = {field.name: _flag(field) for field in dataclasses.fields(TrainConfig)}
+_FLAGS["run_dir"] = click.Option(
+    ["--run", "run_dir"], show_default="the latest", metavar="DIR", help="trained run"
 )
 
 
-@_command("models", "")
-@_models_dir
+def _command(name: str, example: str, *flags: str) -> Callable:
+    """A command with these flags and, in its help, an example."""
+    params = [_FLAGS[flag] for flag in flags]
+    epilog = f"{_EXAMPLE}{name} {example}"
+    return _commands.command(name, params=params, epilog=epilog)
+
+
+@_command("models", "", "models_dir")
 def _models_command(models_dir: str) -> None:
     """List the pretrained models that are known by name.
 
@@ -2376,15 +2353,14 @@ def _models_command(models_dir: str) -> None:
         click.echo(line(name, row.model_type, case, "yes" if fetched else "no"))
 
 
-@_command("fetch", "minilm_L-6_H-384_A-12")
+@_command("fetch", "minilm_L-6_H-384_A-12", "models_dir")
 @click.argument("name")
-@_models_dir
 def _fetch_command(name: str, models_dir: str) -> None:
     """Make the pretrained model NAME ready and print its folder."""
     click.echo(fetch_pretrained(name, models_dir))
 
 
-@_command("train", "texts.csv --model-name minilm_L-6_H-384_A-12 --n-epochs 3")
+@_command("train", "texts.csv --n-epochs 3", *TrainConfig.__annotations__)
 @click.argument("data", required=False)
 @click.option("--test", metavar="FILE", help="test on it, not on a share of DATA")
 def _train_command(data: str | None, test: str | None, **parameters: Any) -> None:
@@ -2402,46 +2378,27 @@ def _train_command(data: str | None, test: str | None, **parameters: Any) -> Non
     click.echo(json.dumps(result))
 
 
-for _option in reversed(_CONFIG_OPTIONS.values()):
-    _option(_train_command)
-
-
-@_command("evaluate", "test.csv")
+@_command("evaluate", "a.csv", "text_column", "label_column", "run_dir", "models_dir")
 @click.argument("data")
-@_text_column
-@_label_column
-@_run_dir
-@_models_dir
-def _evaluate_command(
-    data: str, run_dir: str | None, models_dir: str, **columns: str | None
-) -> None:
-    """Test a model on DATA.
-
-    DATA is a CSV or TSV file, or stackoverflow or docstrings.
-    """
-    examples = load_examples(data, models_dir=models_dir, **columns)
-    classifier = Classifier.load(run_dir, models_dir)
+def _evaluate_command(data: str, run_dir: str | None, **place: str | None) -> None:
+    """Test a model on DATA. That is a CSV or TSV file, stackoverflow or docstrings."""
+    examples = load_examples(data, **place)
+    classifier = Classifier.load(run_dir, place["models_dir"])
     predicted = [row.label for row in classifier.predict(examples.texts)]
-    unknown = [x for x in examples.labels if x not in set(classifier.labels)]
+    known = set(classifier.labels)
+    unknown = Counter(label for label in examples.labels if label not in known)
     if unknown:
-        names = ", ".join(f"{x!r} ({n})" for x, n in sorted(Counter(unknown).items()))
+        names = ", ".join(f"{label!r} ({n})" for label, n in sorted(unknown.items()))
         log.warning("counted as wrong, since the model does not know them: %s", names)
     metrics = evaluate_predictions(examples.labels, predicted, classifier.labels)
     click.echo(json.dumps({key: metrics[key] for key in ("accuracy", "macro_f1", "n")}))
 
 
-@_command("predict", "texts.csv labelled.csv")
-@click.argument("in_path", metavar="IN.csv", type=click.Path(path_type=Path))
-@click.argument("out_path", metavar="OUT.csv", type=click.Path(path_type=Path))
-@_text_column
-@_run_dir
-@_models_dir
+@_command("predict", "texts.csv labelled.csv", "text_column", "run_dir", "models_dir")
+@click.argument("in_path", metavar="IN.csv", type=Path)
+@click.argument("out_path", metavar="OUT.csv", type=Path)
 def _predict_command(
-    in_path: Path,
-    out_path: Path,
-    text_column: str | None,
-    run_dir: str | None,
-    models_dir: str,
+    in_path: Path, out_path: Path, text_column: str | None, **place: str | None
 ) -> None:
     """Copy IN.csv to OUT.csv, with label and probability added."""
     if out_path.exists() and (not out_path.is_file() or out_path.samefile(in_path)):
@@ -2453,59 +2410,43 @@ def _predict_command(
             words = f"not clear which column holds the texts among {_quote(names)}"
             raise DataError(f"{words}; name it with --text-column")
     texts = [row[column or 0] for _, row in rows]
-    predictions = Classifier.load(run_dir, models_dir).predict(texts)
-    delimiter = "\t" if out_path.suffix.lower() == ".tsv" else ","
+    predictions = Classifier.load(**place).predict(texts)
+    for name in ("label", "probability"):
+        names.append(f"predicted_{name}" if name in names else name)
     with _replacing(out_path) as file:
+        delimiter = "\t" if out_path.suffix.lower() == ".tsv" else ","
         writer = csv.writer(file, delimiter=delimiter)
-        new_names = (_free_name(name, names) for name in ("label", "probability"))
-        writer.writerow([*names, *new_names])
+        writer.writerow(names)
         for (_, row), found in zip(rows, predictions, strict=True):
             writer.writerow([*row, found.label, found.probability])
     log.info("%d rows with labels: %s", len(rows), out_path)
 
 
-def _free_name(name: str, taken: Sequence[str]) -> str:
-    while name in taken:
-        name = f"predicted_{name}"
-    return name
-
-
-@_command("serve", "--host 0.0.0.0 --port 8080")
-@_run_dir
+@_command("serve", "--host 0.0.0.0 --port 8080", "run_dir", "models_dir")
 @click.option("--host", default="127.0.0.1", help="address to listen on")
 @click.option("--port", default=5000, type=click.IntRange(0, 65535), help="0: any")
-@click.option("--threads", "n_threads", default=8, type=click.IntRange(1), help="requests at once")  # fmt: skip
-@_models_dir
-def _serve_command(**arguments: Any) -> None:
+@click.option("--threads", default=8, type=click.IntRange(1), help="requests at once")
+def _serve_command(threads: int, **arguments: Any) -> None:
     """Answer HTTP requests until SIGTERM or Ctrl-C.
 
     POST /predict {"x": ["text", ...]} gives a label and a probability for each text.
     """
-    serve(**arguments)
+    serve(**arguments, n_threads=threads)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line and gives its exit code: 0, 2 (user's error), 130 (Ctrl-C).
-
-    Raises only what is a bug, and SystemExit where the server ended.
-    """
+    """The exit code of a command line: 0, 2 for its user's errors, 130 for Ctrl-C."""
     log.handlers[:] = [logging.StreamHandler(sys.stderr)]
     log.setLevel(logging.INFO)
     args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
         return _commands.main(args, _PROGRAM, standalone_mode=False) or 0
     except click.Abort:
-        line, code = "interrupted", 130
-    except click.UsageError as error:
-        words = " ".join(error.format_message().split())
-        path = error.ctx.command_path if error.ctx else _PROGRAM
-        line, code = f"error: {words} (see {path} --help)", 2
+        click.echo("interrupted", err=True)
+        return 130
     except Exception as error:
-        line, code = _error_line(error), 2
-        if line is None:
-            raise
-    click.echo(line, err=True)
-    return code
+        click.echo(_error_line(error), err=True)
+        return 2
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import base64
 import contextlib
 import csv
 import dataclasses
-import errno
 import functools
 import hashlib
 import http.client
@@ -2959,7 +2958,7 @@ class Fake:
         return [types.SimpleNamespace(**row) for text in texts]
 
 logging.basicConfig(level=logging.INFO, format="%(message)s")
-bertflask.Classifier, bertflask.find_run = Fake, lambda *_: None
+bertflask.Classifier = Fake
 bertflask.serve(sys.argv[1], "models", "127.0.0.1", 0, 4)
 """
 
@@ -3115,11 +3114,8 @@ def test_an_interrupt_while_the_model_loads_ends_the_server(start):
     "on_load, line",
     [
         ("raise bertflask.ArtifactError('no model')", "error: no model"),
-        ("open('/no/file')", "error: /no/file: No such file or directory"),
-        (
-            "import sklearn.no_such_part",
-            "error: sklearn is not installed: pip install scikit-learn",
-        ),
+        ("open('/x/y')", "error: [Errno 2] No such file or directory: '/x/y'"),
+        ("import no_xy", "error: no_xy is not installed; install requirements.txt"),
     ],
 )
 def test_a_model_that_cannot_be_loaded_is_one_line_and_exit_code_2(
@@ -3142,8 +3138,7 @@ def test_a_bug_while_loading_shows_its_traceback_once(start):
 
 
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "x" * 70, "300.1.1.1"])
-def test_a_host_that_is_none_is_one_line(monkeypatch, host):
-    monkeypatch.setattr("bertflask.find_run", lambda *_: None)
+def test_a_host_that_is_none_is_one_line(host):
     with pytest.raises(ServerError, match="cannot listen on"):
         serve(None, "models", host, 0, 1)
 
@@ -3225,10 +3220,10 @@ def test_help_of_a_command_shows_defaults_and_an_example(run, command):
 @pytest.mark.parametrize("args", [[], ["--help"]])
 def test_help_lists_the_commands(run, args):
     code, out, _ = run(*args)
-    listed = [
-        line.split()[0] for line in out.split("Commands:")[1].splitlines() if line
-    ]
+    commands, example = out.split("Commands:\n")[1].split("\n\n")
+    listed = [line.split()[0] for line in commands.splitlines()]
     assert (code, listed) == (0, sorted(COMMANDS))
+    assert "Example:\n    python bertflask.py train" in example
 
 
 def test_help_starts_without_a_heavy_package():
@@ -3344,7 +3339,6 @@ def test_predict_copies_every_row_and_adds_label_and_probability(run, content, r
     "taken, added",
     [
         ("label", ["predicted_label", "probability"]),
-        ("label,predicted_label", ["predicted_predicted_label", "probability"]),
         ("probability,x", ["label", "predicted_probability"]),
     ],
 )
@@ -3426,14 +3420,13 @@ def test_serve_passes_on_its_flags(run, replaced):
     assert calls[1] == defaults | {"port": 80, "n_threads": 2}
 
 
-def test_serve_on_a_port_in_use_is_one_line(run, monkeypatch):
-    monkeypatch.setattr("bertflask.find_run", lambda *_: None)
+def test_serve_on_a_port_in_use_is_one_line(run):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         code, out, err = run("serve", "--port", port)
     assert (code, out) == (2, "")
-    words = f"cannot listen on 127.0.0.1 port {port}: Address already in use"
-    assert len(err) == 1 and err[0].startswith(f"error: {words}")
+    assert len(err) == 1 and "Address already in use" in err[0]
+    assert err[0].startswith(f"error: cannot listen on 127.0.0.1 port {port}: ")
 
 
 @pytest.mark.parametrize(
@@ -3463,17 +3456,12 @@ def test_a_wrong_command_line_is_one_line_and_exit_code_2(run, args, words):
         (DataError("a.csv: no rows;\nadd some"), 2, "error: a.csv: no rows; add some"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (
-            ModuleNotFoundError("x", name="tf_keras.src"),
-            2,
-            "error: tf_keras is not installed: pip install tf-keras",
-        ),
-        (
             ModuleNotFoundError("x", name="tensorflow"),
             2,
-            "error: tensorflow is not installed: pip install tensorflow",
+            "error: tensorflow is not installed; install requirements.txt",
         ),
-        (PermissionError(13, "Denied", "/x"), 2, "error: /x: Denied"),
-        (OSError(errno.ENOSPC, "No space"), 2, "error: writing: No space"),
+        (PermissionError(13, "Denied", "/x"), 2, "error: [Errno 13] Denied: '/x'"),
+        (OSError(28, "No space"), 2, "error: [Errno 28] No space"),
     ],
 )
 def test_an_error_is_one_line_and_an_exit_code(run, replaced, error, code, line):
@@ -3485,7 +3473,7 @@ def test_an_error_is_one_line_and_an_exit_code(run, replaced, error, code, line)
     assert (found, out, [x for x in err if x]) == (code, "", [line])
 
 
-@pytest.mark.parametrize("error", [KeyError("x"), OSError(5, "odd"), RuntimeError()])
+@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError()])
 def test_a_bug_is_raised(run, replaced, error):
     def fail(*args):
         raise error
