@@ -453,7 +453,7 @@ def _read_table(
     delimiter = max(",;\t", key=lambda each: _score_header(header, each, given))
     (_, names), *rows = _parse(stream, delimiter)
     for i, (line, row) in enumerate(rows):
-        if not "".join(row).strip():
+        if len(row) < len(names) and not "".join(row).strip():
             row = [""] * len(names)
         if len(row) < len(names) or "".join(row[len(names) :]).strip():
             problem = (
@@ -1537,30 +1537,25 @@ def _cross_entropy(logits: np.ndarray, label_ids: np.ndarray) -> float:
 
 
 def evaluate_predictions(
-    true_labels: Sequence[str], predicted_labels: Sequence[str], labels: Sequence[str]
+    true_labels: Sequence[str], predicted_labels: Sequence[str]
 ) -> dict:
     """`accuracy`, `macro_f1`, `n` and, `per_label`, precision, recall, f1 and support.
 
-    Macro F1 is the mean over the labels that occur in either list, as scikit-learn has
-    it; a true label that is not among `labels` counts as wrong.
+    Macro F1 is the mean over the labels that occur in either list.
     """
     from sklearn.metrics import precision_recall_fscore_support
 
-    occurring = {*true_labels, *predicted_labels}
-    known = [*labels, *sorted(occurring - set(labels))]
+    labels = sorted({*true_labels, *predicted_labels})
     table = precision_recall_fscore_support(
-        true_labels, predicted_labels, labels=known, zero_division=0
+        true_labels, predicted_labels, labels=labels, zero_division=0
     )
-    rows = {
-        label: dict(zip(("precision", "recall", "f1", "support"), map(float, row)))
-        for label, *row in zip(known, *table)
-    }
-    right = [a == b for a, b in zip(true_labels, predicted_labels, strict=True)]
+    names = ("precision", "recall", "f1", "support")
+    rows = [dict(zip(names, map(float, row))) for row in zip(*table)]
     return {
-        "accuracy": float(np.mean(right)),
-        "macro_f1": float(np.mean([rows[label]["f1"] for label in occurring])),
-        "n": len(right),
-        "per_label": rows,
+        "accuracy": float(np.mean(np.array(true_labels) == np.array(predicted_labels))),
+        "macro_f1": float(np.mean(table[2])),
+        "n": len(true_labels),
+        "per_label": dict(zip(labels, rows)),
     }
 
 
@@ -1592,7 +1587,7 @@ def plot_confusion_matrix(
     figure.savefig(path)
 
 
-# === 10. Artifact: onnx_model, train, find_run, load_artifact ===
+# === 10. Artifact: onnx_model, train, find_run ===
 
 FORMAT = 1  # of config.json
 LATEST = "latest_model_config.json"
@@ -1771,20 +1766,13 @@ class _Run:
         _choose_gpu(config.gpu)
         options = {"precision": config.precision, "seed": config.seed}
         self.model = build_model(checkpoint_dir, len(labels), **options)
-        n_tokens, n_positions, n_pieces, n_embeddings = (
-            self.config.max_seq_len,
-            self.model.config["max_position_embeddings"],
-            self.tokenizer.vocab_size,
-            self.model.config["vocab_size"],
-        )
-        if n_tokens > n_positions:
-            words = f"the model has positions for {n_positions} tokens; lower it"
-            raise TrainingError(f"max_seq_len is {n_tokens}, but {words}")
-        if n_pieces > n_embeddings:
-            words = f"the model has {n_embeddings}; take the vocabulary it came with"
-            raise PretrainedError(
-                f"{checkpoint_dir}: vocabulary of {n_pieces}, {words}"
-            )
+        limits, n_pieces = self.model.config, self.tokenizer.vocab_size
+        if self.config.max_seq_len > (most := limits["max_position_embeddings"]):
+            words = f"the model has positions for {most} tokens; lower max_seq_len"
+            raise TrainingError(f"{self.config.max_seq_len} tokens asked for, {words}")
+        if n_pieces > limits["vocab_size"]:
+            words = f"{limits['vocab_size']} in the model: take the one it came with"
+            raise PretrainedError(f"{checkpoint_dir}: {n_pieces} pieces, {words}")
 
     def make_dir(self) -> Path:
         """Makes `trained/<UTC>_<model name>.unfinished`, for this process alone."""
@@ -1819,7 +1807,7 @@ class _Run:
         if examples.texts:
             token_ids = self.tokenizer.encode(examples.texts, self.config.max_seq_len)
             predicted = [self.labels[i] for i in trainer.predict(token_ids).argmax(-1)]
-            metrics |= evaluate_predictions(examples.labels, predicted, self.labels)
+            metrics |= evaluate_predictions(examples.labels, predicted)
             path = self.run_dir / "confusion_matrix.png"
             plot_confusion_matrix(examples.labels, predicted, path)
         return metrics
@@ -1887,17 +1875,14 @@ class _Run:
 
 
 def _model_card(manifest: dict) -> str:
-    figures = ", ".join(f"{key} {value}" for key, value in manifest["metrics"].items())
     labels = "".join(f"- {' '.join(label.split())}\n" for label in manifest["labels"])
     return f"""# Text classifier on {manifest["model_name"]}
 
 Fine-tuned by bertflask {manifest["bertflask"]} at {manifest["trained_at"]} UTC on
-{manifest["data"]["n"]} texts, cut at {manifest["max_seq_len"]} tokens. On held-out texts:
-{figures}. The figures say nothing about texts of another kind or time.
+{manifest["data"]["n"]} texts, cut at {manifest["max_seq_len"]} tokens. On texts held out:
+{manifest["metrics"]}. This says nothing about texts of another kind or time.
 
-Serve it with `python bertflask.py serve --run FOLDER`, FOLDER being this folder.
-
-## Labels
+Serve it: `python bertflask.py serve --run FOLDER`. Its labels:
 
 {labels}"""
 
@@ -1932,10 +1917,11 @@ def _check_golden(
     token_ids = tokenizer.encode([row["text"] for row in rows], max_seq_len)
     if [ids.tolist() for ids in token_ids] != [row["token_ids"] for row in rows]:
         raise ArtifactError("the tokenizer does not give the token ids of golden.json")
-    worst = float("inf")
-    with _onnx_errors("model.onnx"):
+    try:
         logits = _run_session(session, token_ids)
         worst = np.abs(logits - np.array([row["logits"] for row in rows])).max()
+    except Exception as error:  # onnxruntime's errors have no base class of their own
+        raise ArtifactError(f"model.onnx cannot be run: {_one_line(error)}") from None
     if not worst <= tolerance:  # NaN fails too
         words = f"allowed is {tolerance}; train the model again"
         raise ArtifactError(f"model.onnx is up to {worst:.2g} off the logits, {words}")
@@ -1944,15 +1930,6 @@ def _check_golden(
 def _run_session(session: Any, token_ids: Sequence[np.ndarray]) -> np.ndarray:
     """Logits of one batch of encoded texts, float32 [n, n_labels]."""
     return session.run(None, {"ids": pad(token_ids)})[0]
-
-
-@contextlib.contextmanager
-def _onnx_errors(where: Any) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # onnxruntime's errors have no base class of their own
-        words = f"{where}: not a usable model: {_one_line(error)}"
-        raise ArtifactError(words) from None
 
 
 def _open_session(model_path: Path, model_type: str) -> Any:
@@ -1964,8 +1941,10 @@ def _open_session(model_path: Path, model_type: str) -> Any:
         options.add_session_config_entry("session.disable_prepacking", "1")
     wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
     providers = [p for p in wanted if p in onnxruntime.get_available_providers()]
-    with _onnx_errors(model_path):
-        return onnxruntime.InferenceSession(str(model_path), options, providers)
+    try:
+        return onnxruntime.InferenceSession(model_path, options, providers)
+    except Exception as error:  # onnxruntime's errors have no base class of their own
+        raise ArtifactError(f"{model_path} is no model: {_one_line(error)}") from None
 
 
 def find_run(run_dir: str | Path | None, models_dir: str | Path = "models") -> Path:
@@ -1995,36 +1974,6 @@ def _read_json(path: Path, types: dict[str, type]) -> Any:
     return value
 
 
-@dataclass(frozen=True)
-class Artifact:
-    """A verified run, ready to predict: what serving needs of it."""
-
-    name: str
-    labels: list[str]
-    max_seq_len: int
-    tokenizer: Tokenizer
-    session: Any
-
-
-def load_artifact(run_dir: str | Path) -> Artifact:
-    """The run in `run_dir`, checked against its digests and golden rows.
-
-    Raises ArtifactError if it is damaged, of another format or answers otherwise.
-    """
-    run_dir = Path(run_dir)
-    config = _load_manifest(run_dir)
-    labels, max_seq_len = config["labels"], config["max_seq_len"]
-    tokenizer = load_tokenizer(run_dir, config["do_lower_case"])
-    session = _open_session(run_dir / "model.onnx", config["model_type"])
-    rows = _read_json(run_dir / "golden.json", _GOLDEN_TYPES)
-    if any(len(row["logits"]) != len(labels) for row in rows):
-        raise ArtifactError(f"{run_dir}: golden.json is not for {len(labels)} labels")
-    _check_golden(session, tokenizer, rows, max_seq_len, _LOAD_TOLERANCE)
-    digest = config["files"]["model.onnx"][:8]
-    name = f"{config['model_type'].upper()} {config['trained_at']} {digest}"
-    return Artifact(name, labels, max_seq_len, tokenizer, session)
-
-
 def _load_manifest(run_dir: Path) -> dict:
     """config.json of a run whose files are as it says; raises ArtifactError."""
     config = _read_json(run_dir / "config.json", _MANIFEST_TYPES)
@@ -2033,10 +1982,8 @@ def _load_manifest(run_dir: Path) -> dict:
         problem = f"format {config['format']}, this bertflask reads {FORMAT}"
     elif len(labels) < 2 or not all(isinstance(label, str) for label in labels):
         problem = "labels are not two or more texts"
-    elif not 3 <= config["max_seq_len"] <= 2**16:
-        problem = f"max_seq_len {config['max_seq_len']} does not work"
-    elif not {"model.onnx", "golden.json"} < files.keys():
-        problem = "files does not list all that serving needs"
+    elif not 3 <= config["max_seq_len"] <= 2**16 or "model.onnx" not in files:
+        problem = "max_seq_len or files cannot be"
     for name, digest in {} if problem else files.items():
         path = run_dir / name
         # only plain names: nothing outside the run's own folder is read
@@ -2065,18 +2012,39 @@ class Prediction:
     model: str  # the name of the model that answered
 
 
+@dataclass(frozen=True)
 class Classifier:
-    """A trained model: texts in, labels and probabilities out. Threads may share it."""
+    """A verified run: texts in, labels and probabilities out. Threads may share it."""
 
-    def __init__(self, artifact: Artifact) -> None:
-        self.artifact, self.labels, self.name = artifact, artifact.labels, artifact.name
+    name: str
+    labels: list[str]
+    max_seq_len: int
+    tokenizer: Tokenizer
+    session: Any  # of ONNX Runtime
 
     @classmethod
     def load(
         cls, run_dir: str | Path | None = None, models_dir: str | Path = "models"
     ) -> Classifier:
-        """The classifier of a run folder, by default the latest; raises ArtifactError."""
-        return cls(load_artifact(find_run(run_dir, models_dir)))
+        """The classifier of a run folder, by default the latest.
+
+        Raises ArtifactError if it is damaged, of another format or answers otherwise
+        than when it was trained.
+        """
+        run_dir = find_run(run_dir, models_dir)
+        config = _load_manifest(run_dir)
+        labels, max_seq_len = config["labels"], config["max_seq_len"]
+        tokenizer = load_tokenizer(run_dir, config["do_lower_case"])
+        session = _open_session(run_dir / "model.onnx", config["model_type"])
+        rows = _read_json(run_dir / "golden.json", _GOLDEN_TYPES)
+        if any(len(row["logits"]) != len(labels) for row in rows):
+            raise ArtifactError(
+                f"{run_dir}: golden.json is not for {len(labels)} labels"
+            )
+        _check_golden(session, tokenizer, rows, max_seq_len, _LOAD_TOLERANCE)
+        digest = config["files"]["model.onnx"][:8]
+        name = f"{config['model_type'].upper()} {config['trained_at']} {digest}"
+        return cls(name, labels, max_seq_len, tokenizer, session)
 
     def probabilities(self, texts: Sequence[str]) -> np.ndarray:
         """Softmax probabilities of the labels, float32 [n, n_labels]."""
@@ -2096,8 +2064,8 @@ class Classifier:
 
     def _classify(self, texts: Sequence[str]) -> tuple[np.ndarray, list[bool]]:
         """Probabilities, and which texts were cut."""
-        limit, tokenizer = self.artifact.max_seq_len, self.artifact.tokenizer
-        token_ids = tokenizer.encode(texts, limit + 1)  # one more shows what was cut
+        limit = self.max_seq_len
+        token_ids = self.tokenizer.encode(texts, limit + 1)  # one more shows a cut
         truncated = [len(ids) > limit for ids in token_ids]
         for i in np.flatnonzero(truncated):
             token_ids[i] = np.delete(token_ids[i], -2)  # the last one stays [SEP]
@@ -2105,7 +2073,7 @@ class Classifier:
         lengths = [len(ids) for ids in token_ids]
         for rows in batches_by_tokens(lengths, _PREDICTION_TOKENS):
             batch = [token_ids[row] for row in rows]
-            logits[rows] = _run_session(self.artifact.session, batch)
+            logits[rows] = _run_session(self.session, batch)
         exp = np.exp(logits - logits.max(-1, keepdims=True))
         return exp / exp.sum(-1, keepdims=True), truncated
 
@@ -2390,7 +2358,7 @@ def _evaluate_command(data: str, run_dir: str | None, **place: str | None) -> No
     if unknown:
         names = ", ".join(f"{label!r} ({n})" for label, n in sorted(unknown.items()))
         log.warning("counted as wrong, since the model does not know them: %s", names)
-    metrics = evaluate_predictions(examples.labels, predicted, classifier.labels)
+    metrics = evaluate_predictions(examples.labels, predicted)
     click.echo(json.dumps({key: metrics[key] for key in ("accuracy", "macro_f1", "n")}))
 
 

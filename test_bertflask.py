@@ -735,7 +735,9 @@ def test_a_name_of_nothing_gets_one_line(name, tmp_path):
     one_line(raised)
 
 
-def test_a_folder_put_by_hand_in_the_place_of_a_fetched_one_must_be_whole(server, tmp_path):
+def test_a_folder_put_by_hand_in_the_place_of_a_fetched_one_must_be_whole(
+    server, tmp_path
+):
     folder_of(tmp_path / "pretrained" / SMALL, without(GOOGLE_FILES, "vocab.txt"))
     with pytest.raises(PretrainedError, match="lacks vocab.txt"):
         fetch_pretrained(SMALL, tmp_path)
@@ -2207,7 +2209,7 @@ label_lists = st.lists(st.tuples(*[st.sampled_from("abcd")] * 2), min_size=1)
 @given(label_lists)
 def test_metrics_equal_those_of_scikit_learn(pairs):
     true, predicted = map(list, zip(*pairs))
-    found = bertflask.evaluate_predictions(true, predicted, list("abc"))
+    found = bertflask.evaluate_predictions(true, predicted)
     assert found["accuracy"] == pytest.approx(metrics.accuracy_score(true, predicted))
     macro_f1 = metrics.f1_score(true, predicted, average="macro", zero_division=0)
     assert found["macro_f1"] == pytest.approx(macro_f1)
@@ -2223,7 +2225,7 @@ def test_metrics_equal_those_of_scikit_learn(pairs):
 
 
 def test_a_label_the_model_does_not_know_counts_as_wrong():
-    found = bertflask.evaluate_predictions(["a", "new"], ["a", "a"], ["a", "b"])
+    found = bertflask.evaluate_predictions(["a", "new"], ["a", "a"])
     assert found["accuracy"] == 0.5
     assert found["per_label"]["new"]["recall"] == 0
 
@@ -2305,7 +2307,7 @@ def test_the_stored_weights_and_the_onnx_model_agree(
     tokenizer = bertflask.load_tokenizer(run_dir)
     rows = tokenizer.encode(["how do i sort a red cat", "mat"], 16)
     expected = model.logits(bertflask.pad(rows))
-    found = bertflask._run_session(classifier.artifact.session, rows)
+    found = bertflask._run_session(classifier.session, rows)
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
@@ -3165,7 +3167,7 @@ class Lengths:
         return [SimpleNamespace(label=kind, probability=0.75) for kind in kinds]
 
 
-def accuracy_only(true_labels, predicted_labels, labels):
+def accuracy_only(true_labels, predicted_labels):
     right = sum(map(str.__eq__, true_labels, predicted_labels))
     return {
         "accuracy": right / len(true_labels),
