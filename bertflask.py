@@ -1237,22 +1237,20 @@ def _google_name(name: str, config: dict) -> str:
 
 
 # One replacement after the other turns bert-for-tf2's name into Hugging Face's.
-# fmt: off
 _HUGGING_FACE_NAMES = {
     "bert": (("layer_", "layer/"), ("/intermediate/", "/intermediate/dense/")),
     "albert": (
-        ("projector/projector",    "projector/kernel"),
-        ("embeddings/word_embeddings_projector/", "encoder/embedding_hidden_mapping_in/"),
-        ("layer_shared",           "albert_layer_groups/0/albert_layers/0"),
-        ("attention/self",         "attention"),
-        ("attention/output",       "attention"),
-        ("/intermediate/",         "/ffn/"),
-        ("/output/dense",          "/ffn_output"),
-        ("/output/LayerNorm",      "/full_layer_layer_norm"),
-        ("pooler/dense",           "pooler"),
+        ("projector/projector", "projector/kernel"),
+        ("embeddings/word_embeddings_projector", "encoder/embedding_hidden_mapping_in"),
+        ("layer_shared", "albert_layer_groups/0/albert_layers/0"),
+        ("attention/self", "attention"),
+        ("attention/output", "attention"),
+        ("/intermediate/", "/ffn/"),
+        ("/output/dense", "/ffn_output"),
+        ("/output/LayerNorm", "/full_layer_layer_norm"),
+        ("pooler/dense", "pooler"),
     ),
 }
-# fmt: on
 
 
 def _hugging_face_names(name: str, config: dict) -> list[str]:
