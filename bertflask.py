@@ -911,15 +911,14 @@ def batches_by_tokens(lengths: Sequence[int], token_budget: int) -> list[np.ndar
 
 # === 6. Model: read_config, Model, build_model ===
 
+HEAD_DROPOUT = 0.1
 _CONFIG_SIZES = (
     "hidden_size intermediate_size max_position_embeddings num_attention_heads "
     "num_hidden_layers type_vocab_size vocab_size"
-).split()
-_CONFIG_RATES = (
-    "attention_probs_dropout_prob hidden_dropout_prob initializer_range".split()
 )
 _EMBEDDINGS = ("word", "position", "token_type")
-HEAD_DROPOUT = 0.1
+_CONFIG_RATES = "attention_probs_dropout_prob hidden_dropout_prob initializer_range"
+_GELU_NAMES = {"gelu": "gelu_exact", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}
 
 
 @functools.cache
@@ -927,33 +926,23 @@ def _tensorflow() -> Any:
     """TensorFlow with Keras 2 under the names that bert-for-tf2 imports."""
     os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    with _no_stderr():
+    kept = os.dup(2)  # TensorFlow's C++ writes a page before it reads its log level
+    with open(os.devnull, "wb") as null:
+        os.dup2(null.fileno(), 2)
+    try:
         import tensorflow as tf
         import tf_keras
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
     if tf.keras.layers.Layer is not tf_keras.layers.Layer:
-        raise PretrainedError(
-            "tensorflow was imported before with Keras 3, bert-for-tf2 needs Keras 2: set "
-            "the environment variable TF_USE_LEGACY_KERAS=1 before that import"
-        )
+        words = "tensorflow runs with Keras 3 already, but bert-for-tf2 needs Keras 2"
+        raise PretrainedError(f"{words}: set TF_USE_LEGACY_KERAS=1 before that import")
     # bert/attention.py and bert/transformer.py import TensorFlow's private Keras
     sys.modules["tensorflow.python"].keras = tf_keras
     sys.modules["tensorflow.python.keras"] = tf_keras
     sys.modules["tensorflow.python.keras.backend"] = tf_keras.backend
     return tf
-
-
-@contextlib.contextmanager
-def _no_stderr() -> Iterator[None]:
-    # TensorFlow's C++ writes a page while it loads, before it reads its log level.
-    sys.stderr.flush()
-    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(null)
 
 
 def read_config(checkpoint_dir: str | Path) -> dict:
@@ -967,67 +956,47 @@ def read_config(checkpoint_dir: str | Path) -> dict:
     if path is None:
         raise PretrainedError(f"{checkpoint_dir}: no {' or '.join(_CONFIG_NAMES)}")
     raw = _read_object(path)
-    albert = "embedding_size" in raw
-    sizes = [*_CONFIG_SIZES, *["embedding_size"] * albert]
-    for key in (*sizes, *_CONFIG_RATES):
-        found, whole = raw.get(key), key in sizes
-        if type(found) not in ((int,) if whole else (int, float)) or found < whole:
-            raise PretrainedError(
-                f"{path}: {key} is {found!r}, not a number that works"
-            )
-    config = {key: raw[key] for key in (*sizes, *_CONFIG_RATES)}
-    if config["hidden_size"] % config["num_attention_heads"]:
-        raise PretrainedError(
-            f"{path}: num_attention_heads does not divide hidden_size"
-        )
-    if raw.get("num_hidden_groups", 1) != 1 or raw.get("inner_group_num", 1) != 1:
-        raise PretrainedError(f"{path}: ALBERT with several groups is not supported")
-    config["layer_norm_eps"] = raw.get("layer_norm_eps", 1e-12)
-    config["model_type"] = "albert" if albert else "bert"
-    act = str(raw.get("hidden_act"))
-    if act in ("gelu_new", "gelu_pytorch_tanh"):
-        act = "gelu"
-    elif act == "gelu" and path.name == "config.json":  # as Hugging Face means it
-        act = "gelu_exact"
-    if act not in ("gelu", "gelu_exact", "relu"):
-        raise PretrainedError(f"{path}: hidden_act {act!r} is not supported")
-    return config | {"hidden_act": act}
+    albert, act = "embedding_size" in raw, str(raw.get("hidden_act"))
+    if path.name == "config.json":  # whose "gelu" is the exact form
+        act = _GELU_NAMES.get(act, act)
+    least = dict.fromkeys(_CONFIG_SIZES.split(), 1)
+    least |= {"embedding_size": 1} if albert else {}
+    least |= dict.fromkeys(_CONFIG_RATES.split(), 0.0)
+    groups = ("num_hidden_groups", "inner_group_num")  # of ALBERT's layers
+    wrong = [key for key in groups if raw.get(key, 1) != 1]
+    wrong += [] if act in ("gelu", "gelu_exact", "relu") else ["hidden_act"]
+    for key, low in least.items():
+        if type(raw.get(key)) not in (int, type(low)) or raw[key] < low:
+            wrong.append(key)
+    if not wrong and raw["hidden_size"] % raw["num_attention_heads"]:
+        wrong = ["hidden_size", "num_attention_heads"]
+    if wrong:
+        found = ", ".join(f"{key} {raw.get(key)!r}" for key in wrong)
+        raise PretrainedError(f"{path}: {found} does not work; take another model")
+    eps, model_type = raw.get("layer_norm_eps", 1e-12), "albert" if albert else "bert"
+    added = {"layer_norm_eps": eps, "model_type": model_type, "hidden_act": act}
+    return {key: raw[key] for key in least} | added
 
 
-class _Dropout:
-    """Dropout whose noise depends on (seed, step) and on the place in the model."""
-
-    def __init__(self, seed: Any) -> None:
-        self.seed, self.place = seed, 0  # seed: int32 [2]
-
-    def __call__(self, x: Any, rate: float) -> Any:
-        if not rate:
-            return x
-        tf = _tensorflow()
-        self.place += 1
-        seed = tf.random.experimental.stateless_fold_in(self.seed, self.place)
-        return tf.nn.experimental.stateless_dropout(x, rate, seed)
-
-
-def _no_dropout(x: Any, rate: float) -> Any:
-    return x
-
-
+@dataclass(eq=False)
 class Model:
     """A BERT or ALBERT encoder with its pooler and a classification head.
 
     The mathematics is that of bert-for-tf2's BertModelLayer with `mask_zero` and
     segment 0, in one function for all batch sizes and lengths, without what only the
-    other tokens' last layer needs. `variables` has bert-for-tf2's names without
-    "bert/". Matrix products run in `precision`; LayerNorm, softmax and logits in
-    float32. Methods take token ids [n, length], where 0 pads, and give float32 tensors.
+    other tokens' last layer needs. LayerNorm, softmax and logits are in float32.
+    Methods take token ids [n, length], where 0 pads, and give float32 tensors.
 
     Letters in comments: B texts, L tokens, H hidden size, A heads, D = H / A.
     """
 
-    def __init__(self, config: dict, variables: dict, precision: str = "float32"):
-        self.config, self.variables, self.precision = config, variables, precision
-        self.tf = _tensorflow()
+    config: dict  # as read_config gives it
+    variables: dict  # under bert-for-tf2's names without "bert/"
+    precision: str = "float32"  # of matrix products
+    seed: Any = None  # int32 [2]: one pass with dropout, the same for the same seed
+
+    def __post_init__(self) -> None:
+        self.tf, self.n_dropouts = _tensorflow(), 0
 
     def weights(self) -> dict[str, np.ndarray]:
         """A copy of all variables."""
@@ -1038,42 +1007,41 @@ class Model:
         for name, variable in self.variables.items():
             variable.assign(weights[name])
 
-    def encode_cls(self, token_ids: Any, dropout: Callable = _no_dropout) -> Any:
+    def encode_cls(self, token_ids: Any) -> Any:
         """The last layer's output at [CLS], [n, hidden]."""
-        tf = self.tf
+        tf, n_layers = self.tf, self.config["num_hidden_layers"]
         ids = tf.cast(token_ids, tf.int32)
-        shape = tf.shape(ids)  # B, L
-        mask = (
-            -10000.0 * tf.cast(ids == 0, tf.float32)[:, None, None, :]
-        )  # [B, 1, 1, L]
-        x = tf.reshape(self._embed(ids, dropout), (shape[0] * shape[1], -1))  # [B*L, E]
-        if self.config["model_type"] == "albert":
-            projector = "embeddings/word_embeddings_projector"
-            x = self._product(x, f"{projector}/projector", f"{projector}/bias")
-            x = tf.cast(x, tf.float32)
-        for layer in range(self.config["num_hidden_layers"] - 1):
-            x = self._layer(layer, x, x, shape, mask, dropout)
+        shape = tf.shape(ids)
+        mask = -10000.0 * tf.cast(ids == 0, tf.float32)[:, None, None]  # [B, 1, 1, L]
+        x = self._embed(ids)  # [B*L, H]
+        names = [_layer_name(self.config, layer) for layer in range(n_layers)]
+        for name in names[:-1]:
+            x = self._layer(name, x, x, mask)
         cls = tf.reshape(x, (shape[0], shape[1], -1))[:, 0]  # [B, H]
-        last = self.config["num_hidden_layers"] - 1
-        return self._layer(last, cls, x, shape, mask, dropout)
+        return self._layer(names[-1], cls, x, mask)
 
-    def pooled(self, token_ids: Any, dropout: Callable = _no_dropout) -> Any:
+    def pooled(self, token_ids: Any) -> Any:
         """Tanh pooler on `encode_cls`, [n, hidden]."""
-        x = self._dense(self.encode_cls(token_ids, dropout), "pooler/dense")
+        x = self._dense(self.encode_cls(token_ids), "pooler/dense")
         return self.tf.cast(self.tf.tanh(x), "float32")
 
-    def logits(self, token_ids: Any, dropout: Callable = _no_dropout) -> Any:
+    def logits(self, token_ids: Any) -> Any:
         """Unnormalised scores of the labels, [n, n_labels]."""
-        x = dropout(self.pooled(token_ids, dropout), HEAD_DROPOUT)
+        x = self._dropout(self.pooled(token_ids), HEAD_DROPOUT)
         return self.tf.cast(self._dense(x, "classifier"), "float32")
 
-    def _product(self, x: Any, *names: str) -> Any:
-        tensors = (x, *(self.variables[name] for name in names))
-        x, kernel, bias = (self.tf.cast(t, self.precision) for t in tensors)
-        return self.tf.nn.bias_add(self.tf.matmul(x, kernel), bias)
+    def _dropout(self, x: Any, rate: float) -> Any:
+        if self.seed is None or not rate:
+            return x
+        self.n_dropouts += 1  # every place in the model has its own noise
+        random = self.tf.random.experimental
+        seed = random.stateless_fold_in(self.seed, self.n_dropouts)
+        return self.tf.nn.experimental.stateless_dropout(x, rate, seed)
 
-    def _dense(self, x: Any, name: str) -> Any:
-        return self._product(x, f"{name}/kernel", f"{name}/bias")
+    def _dense(self, x: Any, name: str, kernel: str = "kernel") -> Any:
+        tensors = [x, *(self.variables[f"{name}/{part}"] for part in (kernel, "bias"))]
+        x, matrix, bias = (self.tf.cast(t, self.precision) for t in tensors)
+        return self.tf.nn.bias_add(self.tf.matmul(x, matrix), bias)
 
     def _layer_norm(self, x: Any, name: str) -> Any:
         mean, variance = self.tf.nn.moments(x, axes=-1, keepdims=True)
@@ -1081,52 +1049,51 @@ class Model:
         eps = self.config["layer_norm_eps"]
         return self.tf.nn.batch_normalization(x, mean, variance, beta, gamma, eps)
 
-    def _embed(self, ids: Any, dropout: Callable) -> Any:
+    def _embed(self, ids: Any) -> Any:
+        tf, config = self.tf, self.config
         word, position, segment = (
             self.variables[f"embeddings/{kind}_embeddings/embeddings"]
             for kind in _EMBEDDINGS
         )
-        length = self.tf.shape(ids)[1]
-        x = self.tf.gather(word, ids) + position[:length] + segment[0]
-        x = self._layer_norm(x, "embeddings/LayerNorm")
-        return dropout(x, self.config["hidden_dropout_prob"])  # [B, L, E]
+        x = tf.gather(word, ids) + position[: tf.shape(ids)[1]] + segment[0]
+        x = self._layer_norm(x, "embeddings/LayerNorm")  # [B, L, E]
+        x = self._dropout(x, config["hidden_dropout_prob"])
+        x = tf.reshape(x, (-1, x.shape[-1]))
+        if config["model_type"] == "bert":
+            return x
+        x = self._dense(x, "embeddings/word_embeddings_projector", "projector")
+        return tf.cast(x, tf.float32)
 
-    def _layer(self, layer: int, x, context, shape, mask, dropout: Callable) -> Any:
-        """One transformer layer for the rows `x`, which attend to `context` [B*L, H]."""
-        name, y = _layer_name(self.config, layer), self._attention
-        y = y(layer, x, context, shape, mask, dropout)
-        x = self._add_norm(x, y, f"{name}/attention/output", dropout)
-        y = self._activation(self._dense(x, f"{name}/intermediate"))
-        return self._add_norm(x, y, f"{name}/output", dropout)
+    def _layer(self, name: str, x: Any, context: Any, mask: Any) -> Any:
+        """One layer for the rows `x`, which attend to `context` [B*L, H]."""
+        y = self._attention(f"{name}/attention/self", x, context, mask)
+        x = self._add_norm(x, y, f"{name}/attention/output")
+        y, act = self._dense(x, f"{name}/intermediate"), self.config["hidden_act"]
+        gelu = functools.partial(self.tf.nn.gelu, approximate=act == "gelu")
+        y = self.tf.nn.relu(y) if act == "relu" else gelu(y)
+        return self._add_norm(x, y, f"{name}/output")
 
-    def _add_norm(self, x: Any, y: Any, name: str, dropout: Callable) -> Any:
+    def _add_norm(self, x: Any, y: Any, name: str) -> Any:
         y = self.tf.cast(self._dense(y, f"{name}/dense"), "float32")
-        y = dropout(y, self.config["hidden_dropout_prob"])
+        y = self._dropout(y, self.config["hidden_dropout_prob"])
         return self._layer_norm(x + y, f"{name}/LayerNorm")
 
-    def _attention(self, layer: int, x, context, shape, mask, dropout: Callable) -> Any:
+    def _attention(self, name: str, x: Any, context: Any, mask: Any) -> Any:
         tf, n_heads = self.tf, self.config["num_attention_heads"]
         size = self.config["hidden_size"] // n_heads
-        name = f"{_layer_name(self.config, layer)}/attention/self"
 
         def heads(rows: Any, part: str) -> Any:  # [B*T, H] -> [B, A, T, D]
             y = self._dense(rows, f"{name}/{part}")
-            return tf.transpose(
-                tf.reshape(y, (shape[0], -1, n_heads, size)), (0, 2, 1, 3)
-            )
+            y = tf.reshape(y, (tf.shape(mask)[0], -1, n_heads, size))
+            return tf.transpose(y, (0, 2, 1, 3))
 
         key, value = heads(context, "key"), heads(context, "value")
         query = heads(x, "query") * size**-0.5
         scores = tf.matmul(query, key, transpose_b=True)  # [B, A, T, L]
         weights = tf.nn.softmax(tf.cast(scores, tf.float32) + mask)
-        weights = dropout(weights, self.config["attention_probs_dropout_prob"])
+        weights = self._dropout(weights, self.config["attention_probs_dropout_prob"])
         y = tf.matmul(tf.cast(weights, self.precision), value)  # [B, A, T, D]
         return tf.reshape(tf.transpose(y, (0, 2, 1, 3)), (-1, n_heads * size))
-
-    def _activation(self, x: Any) -> Any:
-        if self.config["hidden_act"] == "relu":
-            return self.tf.nn.relu(x)
-        return self.tf.nn.gelu(x, approximate=self.config["hidden_act"] == "gelu")
 
 
 def _layer_name(config: dict, layer: int) -> str:
@@ -1143,77 +1110,62 @@ def build_model(
 ) -> Model:
     """The model of a checkpoint folder with a new head for `n_labels` labels.
 
-    Encoder and pooler come from the checkpoint (`load_weights`), the rest is drawn from
-    a truncated normal distribution by `seed`. Raises PretrainedError for a
-    configuration that is not BERT or ALBERT and for a variable that is missing or has
-    another shape.
+    Encoder and pooler come from the checkpoint (`load_weights`), the rest is drawn by
+    `seed`. Raises PretrainedError for a configuration that does not work and for a
+    variable that is missing or has another shape.
     """
     tf, config = _tensorflow(), read_config(checkpoint_dir)
+    import bert
+
     tf.random.set_seed(seed)
-    variables = {
-        variable.name.removeprefix("bert/").removesuffix(":0"): variable
-        for variable in _bert_layer(config).weights
-    }
+    own = config | {"hidden_act": None}  # an activation has no variables
+    stock = bert.loader.StockBertConfig.from_dict(own, return_unused=False)
+    params = stock.to_bert_model_layer_params()
+    layer = bert.BertModelLayer.from_params(params, name="bert")
+    layer([tf.zeros((1, 1), tf.int32)] * 2)  # makes the variables
+    names = (v.name.removeprefix("bert/").removesuffix(":0") for v in layer.weights)
+    variables = dict(zip(names, layer.weights, strict=True))
     hidden, scale = config["hidden_size"], config["initializer_range"]
     for name, width in (("pooler/dense", hidden), ("classifier", n_labels)):
         kernel = tf.random.truncated_normal((hidden, width), stddev=scale, seed=seed)
         variables[f"{name}/kernel"] = tf.Variable(kernel)
         variables[f"{name}/bias"] = tf.Variable(tf.zeros(width))
-    stored = _stored_weights(Path(checkpoint_dir), config) if load_weights else None
-    for name in variables if stored else ():
-        if not name.startswith("classifier/"):
-            found, shape = stored(name), tuple(variables[name].shape)
-            if found is None or found.shape != shape:
-                raise PretrainedError(
-                    f"{checkpoint_dir}: variable {_google_name(name, config)} "
-                    f"{'is missing' if found is None else f'has shape {found.shape}'}, "
-                    f"needed is {shape}; fetch the checkpoint again"
-                )
-            variables[name].assign(found)
+    if load_weights:
+        _load_weights(Path(checkpoint_dir), config, variables)
     return Model(config, variables, precision)
 
 
-def _bert_layer(config: dict) -> Any:
-    """bert-for-tf2's layer with its variables made, for their names and shapes."""
-    tf = _tensorflow()
-    import bert
+def _load_weights(checkpoint_dir: Path, config: dict, variables: dict) -> None:
+    """Sets encoder and pooler from a checkpoint in Google's or Hugging Face's form."""
+    reader, stored = _open_checkpoint(checkpoint_dir)
+    for name in [name for name in variables if not name.startswith("classifier/")]:
+        google, shape = _google_name(name, config), variables[name].shape
+        keys = (google, *_hugging_face_names(name, config))
+        key = next((key for key in keys if key in stored), None)
+        if key is None:
+            raise PretrainedError(f"{checkpoint_dir}: variable {google} is missing")
+        array = np.asarray(reader.get_tensor(key), np.float32)
+        if key != google and name.endswith(("kernel", "projector")):
+            array = array.T
+        if array.shape != tuple(shape):
+            words = f"variable {google} has shape {array.shape}, needed is {shape}"
+            raise PretrainedError(f"{checkpoint_dir}: {words}")
+        variables[name].assign(array)
 
-    stock = bert.loader.StockBertConfig.from_dict(
-        {**config, "hidden_act": None}, return_instance=True, return_unused=False
-    )
-    params = bert.loader.map_stock_config_to_params(stock)
-    layer = bert.BertModelLayer.from_params(params, name="bert")
-    layer([tf.zeros((1, 1), tf.int32)] * 2)
-    return layer
 
+def _open_checkpoint(checkpoint_dir: Path) -> tuple[Any, set[str]]:
+    """What has `get_tensor(name)`, and the names that it has."""
+    path = checkpoint_dir / "model.safetensors"
+    if path.exists():
+        import safetensors
 
-def _stored_weights(checkpoint_dir: Path, config: dict) -> Callable:
-    """A function from a variable's name to its array in the checkpoint, or None."""
-    tensors_path = checkpoint_dir / "model.safetensors"
-    if not tensors_path.exists():
-        index_path = next(checkpoint_dir.glob("*.ckpt*.index"), None)
-        if index_path is None:
-            raise PretrainedError(
-                f"{checkpoint_dir}: no .ckpt.index, model.safetensors"
-            )
-        reader = _tensorflow().train.load_checkpoint(str(index_path.with_suffix("")))
-
-        def from_google(name: str) -> np.ndarray | None:
-            key = _google_name(name, config)
-            return reader.get_tensor(key) if reader.has_tensor(key) else None
-
-        return from_google
-    import safetensors
-
-    file = safetensors.safe_open(tensors_path, framework="numpy")
-    keys = set(file.keys())
-
-    def from_hugging_face(name: str) -> np.ndarray | None:
-        key = next((k for k in _hugging_face_names(name, config) if k in keys), None)
-        array = None if key is None else file.get_tensor(key).astype(np.float32)
-        return array.T if key and name.endswith(("kernel", "projector")) else array
-
-    return from_hugging_face
+        reader = safetensors.safe_open(path, framework="numpy")
+        return reader, set(reader.keys())
+    path = next(checkpoint_dir.glob("*.ckpt*.index"), None)
+    if path is None:
+        raise PretrainedError(f"{checkpoint_dir}: no .ckpt.index, model.safetensors")
+    reader = _tensorflow().train.load_checkpoint(str(path.with_suffix("")))
+    return reader, set(reader.get_variable_to_shape_map())
 
 
 def _google_name(name: str, config: dict) -> str:
@@ -1228,32 +1180,26 @@ def _google_name(name: str, config: dict) -> str:
 
 
 # One replacement after the other turns bert-for-tf2's name into Hugging Face's.
-# fmt: off
 _HUGGING_FACE_NAMES = {
-    "bert": (
-        ("embeddings/embeddings", "embeddings/kernel"),
-        ("layer_",                "layer/"),
-        ("/intermediate/",        "/intermediate/dense/"),
-    ),
+    "bert": (("layer_", "layer/"), ("/intermediate/", "/intermediate/dense/")),
     "albert": (
-        ("embeddings/embeddings",                 "embeddings/kernel"),
-        ("projector/projector",                   "projector/kernel"),
-        ("embeddings/word_embeddings_projector/", "encoder/embedding_hidden_mapping_in/"),
-        ("layer_shared",                          "albert_layer_groups/0/albert_layers/0"),
-        ("attention/self",                        "attention"),
-        ("attention/output",                      "attention"),
-        ("/intermediate/",                        "/ffn/"),
-        ("/output/dense",                         "/ffn_output"),
-        ("/output/LayerNorm",                     "/full_layer_layer_norm"),
-        ("pooler/dense",                          "pooler"),
+        ("projector/projector", "projector/kernel"),
+        ("embeddings/word_embeddings_projector", "encoder/embedding_hidden_mapping_in"),
+        ("layer_shared", "albert_layer_groups/0/albert_layers/0"),
+        ("attention/self", "attention"),
+        ("attention/output", "attention"),
+        ("/intermediate/", "/ffn/"),
+        ("/output/dense", "/ffn_output"),
+        ("/output/LayerNorm", "/full_layer_layer_norm"),
+        ("pooler/dense", "pooler"),
     ),
 }
-# fmt: on
 
 
 def _hugging_face_names(name: str, config: dict) -> list[str]:
     """The names a variable may have in model.safetensors, with or without a prefix."""
     model_type = config["model_type"]
+    name = name.replace("embeddings/embeddings", "embeddings/kernel")
     for ours, theirs in _HUGGING_FACE_NAMES[model_type]:
         name = name.replace(ours, theirs)
     old = name.replace("/", ".").replace(".kernel", ".weight")  # of 2019: gamma, beta
@@ -1294,62 +1240,62 @@ def learn_rate(
 WEIGHT_DECAY = 0.01
 CLIP_NORM = 1.0
 _EVALUATION_TOKENS = 8192  # in a batch without gradients, padding included
+_SCHEDULES = ("exponential", "constant")
+_PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 def _parameter(default: Any, help: str, **metadata: Any) -> Any:
-    """A field; `else_` is what None stands for, `within` bounds, `choices` an enum."""
+    """A field: `within` are bounds, `choices` an enum, `else_` what None stands for."""
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
 
 
-# fmt: off
+def _optional(help: str, else_: Any, within: tuple | None = None) -> Any:
+    return _parameter(None, help, else_=else_, within=within)
+
+
 @dataclass(frozen=True)
 class TrainConfig:
-    """The parameters of a training; a number that is None: recommended for the model."""
+    """The parameters of a training; numbers that are None are the recommended ones."""
 
-    model_name: str = _parameter("uncased_L-12_H-768_A-12", "pretrained model: a name, folder, archive or owner/name")
-    batch_size: int | None = _parameter(None, "texts an optimizer step", else_=12, within=(1, 2**20))
-    max_seq_len: int | None = _parameter(None, "tokens a text; the rest is cut", else_=192, within=(3, 2**16))
-    n_epochs: int | None = _parameter(None, "passes over the training rows", else_=10, within=(1, 2**20))
-    max_learn_rate: float | None = _parameter(None, "highest learning rate", else_=3e-5, within=(1e-12, 1))
-    min_learn_rate: float | None = _parameter(None, "last learning rate", else_=3e-7, within=(1e-12, 1))
-    warmup_proportion: float | None = _parameter(None, "share of the steps that warm up", else_=0.2, within=(0, 1))
-    schedule: str = _parameter("exponential", "learning rate after the warm-up", choices=("exponential", "constant"))
-    seed: int = _parameter(0, "of the splits, the order, the head and dropout", within=(0, 2**31 - 1))
-    text_column: str | None = _parameter(None, "column of the texts", else_="found")
-    label_column: str | None = _parameter(None, "column of the labels", else_="found")
-    test_size: float = _parameter(0.1, "share of all rows held out for the test", within=(0, 0.9))
-    validation_size: float = _parameter(0.1, "share of the other rows for validation", within=(0, 0.9))
-    gpu: str | None = _parameter(None, "index of the GPU", else_="the first, if any")
-    precision: str = _parameter("float32", "of matrix products", choices=("float32", "bfloat16", "float16"))
+    model_name: str = _parameter("uncased_L-12_H-768_A-12", "name, path or owner/name")
+    batch_size: int | None = _optional("texts an optimizer step", 12, (1, 2**20))
+    max_seq_len: int | None = _optional("tokens a text at most", 192, (3, 2**16))
+    n_epochs: int | None = _optional("passes over the training rows", 10, (1, 2**20))
+    max_learn_rate: float | None = _optional("highest learning rate", 3e-5, (1e-12, 1))
+    min_learn_rate: float | None = _optional("last learning rate", 3e-7, (1e-12, 1))
+    warmup_proportion: float | None = _optional("share of the steps", 0.2, (0, 1))
+    schedule: str = _parameter("exponential", "after the warm-up", choices=_SCHEDULES)
+    seed: int = _parameter(0, "of splits, order, head, dropout", within=(0, 2**31 - 1))
+    text_column: str | None = _optional("column of the texts", "found")
+    label_column: str | None = _optional("column of the labels", "found")
+    test_size: float = _parameter(0.1, "share of all rows to test on", within=(0, 0.9))
+    validation_size: float = _parameter(0.1, "share of the rest", within=(0, 0.9))
+    gpu: str | None = _optional("index of the GPU", "the first, if any")
+    precision: str = _parameter("float32", "of matrix products", choices=_PRECISIONS)
     models_dir: str = _parameter("models", "folder of pretrained and trained models")
-# fmt: on
 
 
 def _resolve(config: TrainConfig, checkpoint_dir: Path) -> TrainConfig:
     """`config` with numbers: as given, else recommended for the model, else default."""
-    note_path, name = checkpoint_dir / "pretrained.json", config.model_name
-    if note_path.is_file():  # a copy of a fetched folder still knows its name
-        name = _read_object(note_path).get("model_name")
-    recommended = PRETRAINED[name].recommended if name in PRETRAINED else {}
+    row = PRETRAINED.get(checkpoint_dir.name)
+    recommended = row.recommended if row else {}
     values = {
         field.name: recommended.get(field.name, field.metadata["else_"])
         for field in dataclasses.fields(config)
-        if getattr(config, field.name) is None
-        and not isinstance(field.metadata["else_"], str)
+        if getattr(config, field.name) is None and field.metadata["within"]
     }
     return dataclasses.replace(config, **values)
 
 
 def _check_config(config: TrainConfig) -> None:
     for field in dataclasses.fields(config):
-        value, metadata = getattr(config, field.name), field.metadata
-        low, high = metadata.get("within", (None, None))
+        name, value = field.name, getattr(config, field.name)
+        low, high = field.metadata.get("within") or (None, None)
+        choices = field.metadata.get("choices", (value,))
         if None not in (low, value) and not low <= value <= high:
-            words = f"{field.name} is {value}; it must be from {low} to {high}"
-            raise TrainingError(words)
-        if value not in metadata.get("choices", [value]):
-            words = f"{field.name} is {value!r}; use one of {metadata['choices']}"
-            raise TrainingError(words)
+            raise TrainingError(f"{name} is {value}; it must be from {low} to {high}")
+        if value not in choices:
+            raise TrainingError(f"{name} is {value!r}; use one of {choices}")
     low, high = config.min_learn_rate, config.max_learn_rate
     if None not in (low, high) and low > high:
         raise TrainingError(f"min_learn_rate {low} is above max_learn_rate {high}")
@@ -1359,18 +1305,16 @@ def _choose_gpu(gpu: str | None) -> None:
     """Makes one GPU visible, with memory that grows; without GPUs the CPU is used."""
     tf = _tensorflow()
     gpus = tf.config.list_physical_devices("GPU")
-    if gpu is None and not gpus:
-        return
-    index = int(gpu or 0) if (gpu or "0").isdecimal() else -1
-    if not 0 <= index < len(gpus):
+    if gpu is not None and gpu not in map(str, range(len(gpus))):
         raise TrainingError(f"gpu is {gpu!r}, but {len(gpus)} GPUs were found")
-    if tf.config.get_visible_devices("GPU") != [gpus[index]]:
-        tf.config.set_visible_devices(gpus[index], "GPU")
-    tf.config.experimental.set_memory_growth(gpus[index], True)
+    if gpus:
+        chosen = gpus[int(gpu or 0)]
+        tf.config.set_visible_devices(chosen, "GPU")
+        tf.config.experimental.set_memory_growth(chosen, True)
 
 
 class _AdamW:
-    """AdamW (Loshchilov & Hutter 2019) with bias correction, through the fused kernel."""
+    """AdamW (Loshchilov & Hutter 2019), bias-corrected, through the fused kernel."""
 
     def __init__(self, variables: dict) -> None:
         tf, self.variables = _tensorflow(), variables
@@ -1394,14 +1338,16 @@ class _AdamW:
             )  # fmt: skip
 
 
-def _train_step(model: Model, optimizer: _AdamW, seed: int) -> Callable:
+def _train_step(model: Model, seed: int) -> Callable:
     """A function that does one optimizer step: one trace for all batch shapes."""
-    tf, half = _tensorflow(), model.precision == "float16"
+    tf, optimizer = _tensorflow(), _AdamW(model.variables)
+    half = model.precision == "float16"
     scale = tf.Variable(2.0**15 if half else 1.0, trainable=False)
 
     def train_step(token_ids: Any, label_ids: Any, step: Any, learn_rate: Any) -> Any:
         with tf.GradientTape() as tape:
-            logits = model.logits(token_ids, _Dropout(tf.stack([seed, step])))
+            noisy = dataclasses.replace(model, seed=tf.stack([seed, step]))
+            logits = noisy.logits(token_ids)
             losses = tf.nn.sparse_softmax_cross_entropy_with_logits(label_ids, logits)
             loss = tf.reduce_mean(losses)
             scaled = loss * scale
@@ -1413,7 +1359,8 @@ def _train_step(model: Model, optimizer: _AdamW, seed: int) -> Callable:
             gradients = [tf.where(fine, gradient, 0.0) for gradient in gradients]
             scale.assign(tf.where(fine, tf.minimum(scale * 1.0005, 2.0**24), scale / 2))
             learn_rate = tf.where(fine, learn_rate, 0.0)
-        optimizer.apply(dict(zip(model.variables, gradients)), step, learn_rate)
+        named = dict(zip(model.variables, gradients, strict=True))
+        optimizer.apply(named, step, learn_rate)
         right = tf.argmax(logits, -1, tf.int32) == label_ids
         return loss, tf.reduce_mean(tf.cast(right, tf.float32))
 
@@ -1436,22 +1383,19 @@ class _Trainer:
 
     def __init__(self, config: TrainConfig, model: Model, log_dir: Path) -> None:
         tf, self.config, self.model = _tensorflow(), config, model
-        self.train_step = _train_step(model, _AdamW(model.variables), config.seed)
+        self.train_step = _train_step(model, config.seed)
         ids = tf.TensorSpec((None, None), tf.int32)
         self.logits = tf.function(model.logits, [ids], autograph=False)
-        self.writers = {
-            part: tf.summary.create_file_writer(str(log_dir / part))
-            for part in ("train", "validation")
-        }
+        writer, parts = tf.summary.create_file_writer, ("train", "validation")
+        self.writers = {part: writer(str(log_dir / part)) for part in parts}
         self.step, self.seconds, self.n_rows = 0, 0.0, 0
         self.history: list[dict] = []  # of the validation, one entry an epoch
         self.best_loss, self.best_weights = float("inf"), model.weights()
 
     def fit(self, train: _Rows, validation: _Rows) -> None:
         """Trains for all epochs; without validation rows the last epoch is kept."""
-        config, self.n_rows = self.config, len(train.token_ids)
-        self.n_steps = config.n_epochs * -(-self.n_rows // config.batch_size)
-        for epoch in range(config.n_epochs):
+        self.n_rows = len(train.token_ids)
+        for epoch in range(1, self.config.n_epochs + 1):
             began = time.perf_counter()
             self._epoch(epoch, train)
             self.seconds += time.perf_counter() - began
@@ -1463,52 +1407,45 @@ class _Trainer:
     def _epoch(self, epoch: int, rows: _Rows) -> None:
         from tqdm import tqdm
 
-        rng = np.random.default_rng([self.config.seed, epoch])
-        lengths = [len(ids) for ids in rows.token_ids]
-        name = f"epoch {epoch + 1}/{self.config.n_epochs}"
-        seen, sums = 0, np.zeros(2)
+        rng = np.random.default_rng([self.config.seed, epoch - 1])
+        lengths, sums = [len(ids) for ids in rows.token_ids], np.zeros(2)
+        name = f"epoch {epoch}/{self.config.n_epochs}"
         with tqdm(total=len(lengths), desc=name, unit="text") as bar:
             for batch in batches_by_length(lengths, self.config.batch_size, rng):
                 token_ids = pad([rows.token_ids[row] for row in batch])
                 figures = self._train_batch(token_ids, rows.label_ids[batch])
-                seen, sums = seen + len(batch), sums + len(batch) * np.array(figures)
-                loss, accuracy = sums / seen
-                bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.4f}")
                 bar.update(len(batch))
+                sums += len(batch) * np.array(figures)
+                loss, accuracy = sums / bar.n
+                bar.set_postfix(loss=loss, accuracy=accuracy)
 
-    def _train_batch(
-        self, token_ids: np.ndarray, label_ids: np.ndarray
-    ) -> tuple[float, float]:
+    def _train_batch(self, token_ids: np.ndarray, label_ids: np.ndarray) -> tuple:
         rate = self._learn_rate()
-        loss, accuracy = map(
-            float, self.train_step(token_ids, label_ids, self.step, rate)
-        )
+        figures = self.train_step(token_ids, label_ids, self.step, rate)
+        loss, accuracy = map(float, figures)
         if not np.isfinite(loss):
-            raise TrainingError(
-                f"the loss is {loss} at step {self.step}; lower max_learn_rate "
-                f"({self.config.max_learn_rate}) or train in float32"
-            )
+            words = f"the loss is {loss} at step {self.step}; lower max_learn_rate"
+            raise TrainingError(f"{words} ({rate:g} now) or train in float32")
         self._write("train", loss=loss, accuracy=accuracy, learn_rate=rate)
         self.step += 1
         return loss, accuracy
 
     def _learn_rate(self) -> float:
         config = self.config
-        if config.schedule == "constant":
-            return config.max_learn_rate
         low, high = config.min_learn_rate, config.max_learn_rate
-        return learn_rate(self.step, self.n_steps, high, low, config.warmup_proportion)
+        if config.schedule == "constant":
+            return high
+        n_steps = config.n_epochs * -(-self.n_rows // config.batch_size)
+        return learn_rate(self.step, n_steps, high, low, config.warmup_proportion)
 
     def _validate(self, epoch: int, rows: _Rows) -> None:
         logits = self.predict(rows.token_ids)
         loss = _cross_entropy(logits, rows.label_ids)
         accuracy = float(np.mean(logits.argmax(-1) == rows.label_ids))
-        log.info(
-            "epoch %d: validation loss %.4f, accuracy %.4f", epoch + 1, loss, accuracy
-        )
+        log.info("epoch %d: validation loss %.4f, accuracy %.4f", epoch, loss, accuracy)
         scalars = {"loss": loss, "accuracy": accuracy, "learn_rate": self._learn_rate()}
         self._write("validation", **scalars)
-        self.history.append({"epoch": epoch + 1, **scalars})
+        self.history.append({"epoch": epoch, **scalars})
         if loss < self.best_loss:
             self.best_loss, self.best_weights = loss, self.model.weights()
 
@@ -1566,7 +1503,7 @@ def plot_confusion_matrix(
     from matplotlib.figure import Figure
     from sklearn.metrics import confusion_matrix
 
-    labels = sorted(set(true_labels) | set(predicted_labels))
+    labels = sorted({*true_labels, *predicted_labels})
     counts = confusion_matrix(true_labels, predicted_labels, labels=labels)
     shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     size = min(4 + 0.5 * len(labels), 60)  # inches
@@ -1579,7 +1516,7 @@ def plot_confusion_matrix(
     axes.set_xticks(range(len(labels)), names, rotation=90)
     axes.set_yticks(range(len(labels)), names)
     axes.set(xlabel="predicted", ylabel="true", title=f"{counts.sum()} test texts")
-    for row, column in zip(*counts.nonzero()):
+    for row, column in np.argwhere(counts):
         share = shares[row, column]
         look = {"color": "white" if share > 50 else "black", "fontsize": 7}
         note = f"{share:.0f} %\n{counts[row, column]}"

@@ -1966,7 +1966,7 @@ def test_a_misshapen_variable_is_an_error_that_names_it(tiny_bert_dir, tmp_path)
     [
         ({"hidden_act": "swish"}, "hidden_act 'swish'"),
         ({"hidden_size": None}, "hidden_size"),
-        ({"num_hidden_groups": 2, "embedding_size": 8}, "several groups"),
+        ({"num_hidden_groups": 2, "embedding_size": 8}, "num_hidden_groups 2"),
         ({"num_attention_heads": 7}, "num_attention_heads"),
     ],
 )
@@ -2186,13 +2186,13 @@ def test_a_training_that_cannot_work_is_one_clear_error(
     assert not (tmp_path / bertflask.LATEST).exists()
 
 
-def test_parameters_resolve_as_given_then_recommended_then_default(tiny_bert_dir):
+def test_parameters_resolve_as_given_then_recommended_then_default():
     given = bertflask.TrainConfig(model_name="minilm_L-6_H-384_A-12", batch_size=7)
     row = bertflask.PRETRAINED[given.model_name].recommended
-    found = bertflask._resolve(given, tiny_bert_dir)
+    found = bertflask._resolve(given, Path(given.model_name))
     assert (found.batch_size, found.n_epochs) == (7, row["n_epochs"])
     assert found.max_seq_len == row.get("max_seq_len", 192)
-    defaults = bertflask._resolve(bertflask.TrainConfig(), tiny_bert_dir)
+    defaults = bertflask._resolve(bertflask.TrainConfig(), Path("own"))
     assert dataclasses.asdict(defaults) | {} == dataclasses.asdict(
         bertflask.TrainConfig(
             batch_size=12, max_seq_len=192, n_epochs=10, max_learn_rate=3e-5,
