@@ -35,6 +35,7 @@ import re
 import shutil
 import signal
 import socket
+import string
 import subprocess
 import sys
 import time
@@ -689,7 +690,6 @@ def load_examples(
 # === 5. Encoding: load_tokenizer, Tokenizer, pad, batches_by_length and _by_tokens ===
 
 _NO_PIECE = "\U0010ffff"  # in place of a lone surrogate, which no library takes
-_DROPPED = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd]")
 _CJK = re.compile(
     "[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df"
     "\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]"
@@ -714,8 +714,7 @@ def _cased_char(char: str) -> str:
         return " "
     if char == "\ufffd" or category in ("Cc", "Cf"):
         return ""
-    symbol = "!" <= char <= "~" and not char.isalnum()
-    if symbol or category[0] == "P" or _CJK.match(char):
+    if char in string.punctuation or category[0] == "P" or _CJK.match(char):
         return f" {char} "
     return _NO_PIECE if category == "Cs" else char
 
@@ -745,21 +744,18 @@ class Tokenizer:
 
     specials = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 
-    def _set_vocab(self, path: Path, pieces: list[str], lower: bool | None) -> None:
+    def __init__(self, path: Path, pieces: list[str], lower: bool | None) -> None:
         # The place is the id. Of a piece that is there twice, the last one counts.
         ids = {piece: i for i, piece in enumerate(pieces)}
-        missing = [name for name in self.specials if name not in ids]
-        if missing or ids[self.specials[0]] != 0:
-            raise PretrainedError(
-                f"{path} lacks {', '.join(missing) or 'padding as id 0'}; "
-                "take the file that came with the model"
-            )
-        _, self._unk_id, self._cls_id, self._sep_id = map(ids.get, self.specials)
-        # Special pieces are left out, so that no text can spell one.
-        named = {*self.specials, "[MASK]"}
-        self._ids = {piece: i for piece, i in ids.items() if piece not in named}
+        pad_id, *_ = special_ids = [ids.pop(name, None) for name in self.specials]
+        if pad_id != 0 or None in special_ids:
+            names = " ".join(self.specials)
+            raise PretrainedError(f"{path} lacks one of {names}, or the first is not 0")
+        _, self._unk_id, self._cls_id, self._sep_id = special_ids
+        ids.pop("[MASK]", None)
+        self._ids = ids  # without special pieces, so that no text can spell one
         if lower is None:  # in brackets: [unused1], and the <S> of Chinese BERT
-            lower = all(p == p.lower() for p in self._ids if p[:1] not in "[<")
+            lower = all(p == p.lower() for p in ids if p[:1] not in "[<")
         self.vocab_path, self.vocab_size, self.do_lower_case = path, len(pieces), lower
 
     def encode(self, texts: Sequence[str], max_seq_len: int) -> list[np.ndarray]:
@@ -783,9 +779,8 @@ class _WordPiece(Tokenizer):
     def __init__(self, vocab_path: Path, do_lower_case: bool | None) -> None:
         import tokenizers
 
-        lines = vocab_path.read_bytes().decode("utf-8-sig").removesuffix("\n")
-        pieces = [line.strip() for line in lines.split("\n")]  # load_vocab
-        self._set_vocab(vocab_path, pieces, do_lower_case)
+        lines = vocab_path.read_text("utf-8-sig").removesuffix("\n").split("\n")
+        super().__init__(vocab_path, [line.strip() for line in lines], do_lower_case)
         vocab = self._ids | {"[UNK]": self._unk_id}
         model = tokenizers.models.WordPiece(vocab, max_input_chars_per_word=200)
         self._cutter = tokenizers.Tokenizer(model)
@@ -804,10 +799,8 @@ class _WordPiece(Tokenizer):
         return (encoding.ids for encoding in cut)
 
     def _plain(self, text: str) -> str:
-        if (
-            self.do_lower_case and "Σ" in text
-        ):  # σ or ς, which depends on its neighbours
-            text = _DROPPED.sub("", text).lower()
+        if self.do_lower_case and "Σ" in text:  # its lower case depends on neighbours
+            text = "".join(char for char in text if _cased_char(char)).lower()
         return str.translate(text, _UNCASED if self.do_lower_case else _CASED)
 
 
@@ -819,7 +812,7 @@ class _SentencePiece(Tokenizer):
 
         cutter = sentencepiece.SentencePieceProcessor(model_file=str(vocab_path))
         pieces = [cutter.id_to_piece(i) for i in range(len(cutter))]
-        self._set_vocab(vocab_path, pieces, do_lower_case)
+        super().__init__(vocab_path, pieces, do_lower_case)
         self._cut = functools.partial(cutter.encode, out_type=str)
 
     def tokens(self, text: str) -> list[str]:
@@ -850,26 +843,15 @@ def load_tokenizer(
     paths = [folder / "vocab.txt", *sorted(folder.glob("*.model"))]
     vocab_path = next((path for path in paths if path.is_file()), None)
     if vocab_path is None:
-        raise PretrainedError(
-            f"{folder} has no vocab.txt or *.model; is it a checkpoint?"
-        )
-    for name in ("pretrained.json", "tokenizer_config.json"):
-        if do_lower_case is None:
-            do_lower_case = _stated_lower_case(folder / name)
+        raise PretrainedError(f"{folder} has no vocab.txt or *.model: complete it")
+    for path in (folder / "pretrained.json", folder / "tokenizer_config.json"):
+        if do_lower_case is None and path.is_file():
+            do_lower_case = _read_object(path).get("do_lower_case")
     kind = _SentencePiece if vocab_path.suffix == ".model" else _WordPiece
     try:
         return kind(vocab_path, do_lower_case)
     except (OSError, RuntimeError, UnicodeDecodeError) as error:
         raise PretrainedError(f"{vocab_path} cannot be read: {error}") from error
-
-
-def _stated_lower_case(path: Path) -> bool | None:
-    try:
-        return json.loads(path.read_bytes()).get("do_lower_case")
-    except FileNotFoundError:
-        return None
-    except (ValueError, AttributeError) as error:
-        raise PretrainedError(f"{path} is not a JSON object: {error}") from error
 
 
 def pad(token_ids: Sequence[np.ndarray]) -> np.ndarray:
@@ -881,17 +863,14 @@ def pad(token_ids: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def batches_by_length(
-    lengths: Sequence[int], batch_size: int, rng: np.random.Generator | None = None
+    lengths: Sequence[int], batch_size: int, rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """Row numbers in batches of similar length, sorted; with `rng`, in random order."""
-    n = len(lengths)
-    places, window = np.arange(n), n + 1
-    if rng is not None:  # sort within random windows: rows keep meeting other rows
-        places, window = rng.permutation(n), 50 * batch_size
-    order = np.lexsort((places, lengths, places // window))
+    """Row numbers in batches of similar length, in random order."""
+    n, places = len(lengths), rng.permutation(len(lengths))
+    # Sorted within random windows only, so that rows keep meeting other rows.
+    order = np.lexsort((places, lengths, places // (50 * batch_size)))
     batches = [order[start : start + batch_size] for start in range(0, n, batch_size)]
-    if rng is not None:
-        rng.shuffle(batches)
+    rng.shuffle(batches)
     return batches
 
 

