@@ -27,6 +27,7 @@ import hashlib
 import http.client
 import importlib.util
 import io
+import itertools
 import json
 import logging
 import mmap
@@ -394,10 +395,17 @@ def _read_object(path: Path) -> dict:
 # === 4. Dataset: read_examples, check_labels, split_examples, load_examples ===
 
 # Columns of texts and of labels, most telling first; names in one string are equals.
-_TEXTS = "sentence utterance query question message content body review comment tweet"
-_COLUMN_NAMES = (
-    ("text", "post", _TEXTS),
-    ("label", "tags", "labels tag class category intent target topic sentiment"),
+_TEXT_NAMES = (
+    "text",
+    "post",
+    "sentence utterance query question message content body review comment tweet",
+)
+_LABELS = "labels tag class category intent target topic sentiment"
+_LABEL_NAMES = ("label", "tags", _LABELS)
+# The first twelve that are installed and have at least a hundred docstrings are used.
+_LIBRARIES = (
+    "numpy tensorflow flask werkzeug click jinja2 onnxruntime matplotlib asyncio email "
+    "importlib multiprocessing logging unittest http xml pydantic gunicorn tkinter"
 )
 
 
@@ -417,137 +425,126 @@ def read_examples(
 
     Raises DataError if the file cannot be read rightly or its columns are not clear.
     """
-    with _naming(path):
-        names, rows = _read_table(Path(path), text_column, label_column)
-        given = (text_column, label_column)
-        text, label = _find_columns(names, [row for _, row in rows], given)
-        full = [x for x in rows if x[1][text].strip() and x[1][label].strip()]
-        if not full:
-            raise DataError("no row has both a text and a label; add some")
-    if n_empty := len(rows) - len(full):
-        first = min({line for line, _ in rows} - {line for line, _ in full})
+    table = _Table(Path(path), text_column, label_column)
+    text, label = table.text_and_label(text_column, label_column)
+    columns, empty = ([], [], []), []
+    for line, row in zip(table.lines, table.rows):
+        cells = (row[text], row[label].strip(), line)
+        if not cells[0].strip() or not cells[1]:
+            empty.append(line)
+            continue
+        for column, cell in zip(columns, cells):
+            column.append(cell)
+    if not columns[0]:
+        raise DataError(f"{path}: no row has both a text and a label; add some")
+    if empty:
         message = "%s: left out %d of %d rows without text or label (first: line %d)"
-        log.warning(message, path, n_empty, len(rows), first)
-    labels = [sys.intern(row[label].strip()) for _, row in full]
-    return Examples([row[text] for _, row in full], labels, [line for line, _ in full])
+        log.warning(message, path, len(empty), len(table.rows), empty[0])
+    return Examples(*columns)
 
 
-@contextlib.contextmanager
-def _naming(path: str | Path) -> Iterator[None]:
-    """Puts the file's name before an error about it."""
-    try:
-        yield
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from None
-    except (OSError, ValueError) as error:
-        words = f"cannot read {path}: {_one_line(error)}"
-        raise DataError(f"{words}; give the path of a CSV or TSV file") from None
+class _Table:
+    """A CSV or TSV file: names of its columns and rows, with the line each begins on."""
 
+    def __init__(self, path: Path, *given: str | None) -> None:
+        self.path, self.rows, self.lines = path, [], []
+        stream, self.names = self._open(), []
+        header = next(filter(str.strip, stream), "")
+        known = {*given, *" ".join(_TEXT_NAMES + _LABEL_NAMES).split()}
 
-def _read_table(
-    path: Path, *given: str | None
-) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """The header and the rows below it, as wide, with the line that each begins on."""
-    csv.field_size_limit(2**31 - 1)  # csv refuses fields over 128 KiB by default
-    stream = _decode(path.read_bytes())
-    header = next((line for line in stream if line.strip()), "")
-    delimiter = max(",;\t", key=lambda each: _score_header(header, each, given))
-    (_, names), *rows = _parse(stream, delimiter)
-    for i, (line, row) in enumerate(rows):
-        if len(row) < len(names) and not "".join(row).strip():
-            row = [""] * len(names)
-        if len(row) < len(names) or "".join(row[len(names) :]).strip():
-            problem = (
-                f"line {line}: {len(row)} fields where the header has {len(names)}"
-            )
-            raise DataError(f"{problem}; quote fields that contain {delimiter!r}")
-        rows[i] = (line, row[: len(names)])
-    return names, rows
+        def score(delimiter: str) -> tuple[int, int]:
+            names = [x.strip() for x in next(csv.reader([header], delimiter=delimiter))]
+            return len(known.intersection(names, map(str.lower, names))), len(names)
 
+        delimiter = max(",;\t", key=score)
+        stream.seek(0)
+        reader, line = csv.reader(stream, delimiter=delimiter, strict=True), 1
+        try:
+            for row in reader:
+                self._add(line, row)
+                line = reader.line_num + 1
+        except csv.Error as error:
+            words = str(error).replace("unexpected end of data", "a quote stays open")
+            advice = f'quote fields that contain {delimiter!r}, write " in them as ""'
+            raise self._error(f"line {line}: {words}; {advice}") from None
+        if not self.rows:
+            raise self._error("no rows; add a text and a label below a header")
 
-def _decode(data: bytes) -> io.TextIOWrapper:
-    utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    encoding = "utf-16" if utf_16 else "utf-8-sig"
-    try:
-        data.decode(encoding)
-    except UnicodeDecodeError as error:
-        before = error.object[: error.start].decode(encoding, "ignore")
-        line = 1 + len(re.findall("\r\n|\r|\n", before))
-        found = f"bytes {error.object[error.start : error.end].hex(' ')}"
-        problem = f"line {line}: {found} are not {error.encoding.upper()}"
-        raise DataError(f"{problem}; save the file as UTF-8") from None
-    return io.TextIOWrapper(io.BytesIO(data), encoding, newline="")
+    def _error(self, problem: str) -> DataError:
+        return DataError(f"{self.path}: {problem}")
 
+    def _open(self) -> io.StringIO:
+        csv.field_size_limit(2**31 - 1)  # csv refuses fields over 128 KiB by default
+        try:
+            data = self.path.read_bytes()
+            utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+            text = data.decode("utf-16" if utf_16 else "utf-8-sig")
+        except UnicodeDecodeError as error:
+            before = error.object[: error.start].decode(error.encoding, "ignore")
+            line = len(re.findall("\r\n|\r|\n", before)) + 1
+            found = f"bytes {error.object[error.start : error.end].hex(' ')}"
+            problem = f"line {line}: {found} are not {error.encoding.upper()}"
+            raise self._error(f"{problem}; save the file as UTF-8") from None
+        except (OSError, ValueError) as error:
+            raise DataError(f"cannot read {self.path}: {_one_line(error)}") from None
+        return io.StringIO(text, newline="")
 
-def _score_header(
-    header: str, delimiter: str, given: tuple[str | None, ...]
-) -> tuple[int, int]:
-    """How well it reads with this delimiter: number of known names, then of columns."""
-    known = {*given, *" ".join(sum(_COLUMN_NAMES, ())).split()}
-    names = [x.strip() for x in next(csv.reader([header], delimiter=delimiter))]
-    return sum(x in known or x.lower() in known for x in names), len(names)
+    def _add(self, line: int, row: list[str]) -> None:
+        width = len(self.names)
+        if not width:  # the header, without a spreadsheet's empty columns
+            self.names += map(str.strip, row)
+            while self.names and not self.names[-1]:
+                self.names.pop()
+            if "\0" in "".join(self.names):
+                raise csv.Error("the header has NULs, is it UTF-16 without a mark?")
+        elif row and len(row) < width and not "".join(row).strip():
+            row = [""] * width
+        if width and row:
+            if len(row) < width or "".join(row[width:]).strip():
+                raise csv.Error(f"{len(row)} fields where the header has {width}")
+            self.rows.append(row[:width])
+            self.lines.append(line)
 
+    def find(self, given: str | None, known: tuple[str, ...]) -> int | None:
+        """The column's place; None if no known name is there, or several equals."""
+        if given is not None and (n := self.names.count(given)) != 1:
+            words = f"{n} columns are named {given!r}; choose one of"
+            raise self._error(f"{words} {_quote(self.names)}")
+        if given is not None:
+            return self.names.index(given)
+        for equals in map(str.split, known):
+            found = [i for i, x in enumerate(self.names) if x.lower() in equals]
+            if found:
+                return found[0] if len(found) == 1 else None
+        return None
 
-def _parse(stream: io.TextIOWrapper, delimiter: str) -> list[tuple[int, list[str]]]:
-    """The header and the rows below it, with the line that each begins on."""
-    stream.seek(0)
-    reader = csv.reader(stream, delimiter=delimiter, strict=True)
-    rows, line = [], 1
-    try:
-        for row in reader:
-            if not rows:
-                row = [name.strip() for name in row]
-            if "".join(row) or (rows and row):  # no blank line
-                rows.append((line, row))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        endless = "unexpected end" in str(error)
-        problem = "a quote is never closed" if endless else "text after a closing quote"
-        message = f'row beginning on line {line}: {problem}; write " in texts as ""'
-        raise DataError(message) from None
-    if len(rows) < 2:
-        raise DataError("no rows; add a text and a label below a header")
-    while not rows[0][1][-1]:  # a spreadsheet's empty columns
-        rows[0][1].pop()
-    return rows
-
-
-def _find_columns(
-    names: list[str], rows: list[list[str]], given: tuple[str | None, str | None]
-) -> tuple[int, int]:
-    """Where text and label are: by name, else, of two columns, by content."""
-    if "\0" in "".join(names):
-        raise DataError("the header has NULs (UTF-16?); save the file as UTF-8")
-    text, label = map(_find_name, (names, names), given, _COLUMN_NAMES)
-    if text is not None and label is not None and text != label:
+    def text_and_label(self, text_column: str | None, label_column: str | None):
+        """Where they are: by name, else, of two columns, by content."""
+        text = self.find(text_column, _TEXT_NAMES)
+        label = self.find(label_column, _LABEL_NAMES)
+        if None in (text, label):
+            values = [{x.strip() for x in cells} - {""} for cells in zip(*self.rows)]
+            for name, cells in zip(self.names, values):
+                if name in cells:
+                    words = f"no header? {name[:40]!r} of the first row comes again"
+                    raise self._error(f"{words} below; add a row such as text,label")
+            text, label = self._guess(text, label, [len(cells) for cells in values])
+        if None in (text, label) or text == label:
+            words = "not clear which columns are text and label among"
+            advice = "name them with text_column and label_column"
+            raise self._error(f"{words} {_quote(self.names)}; {advice}")
         return text, label
-    width = range(len(names))
-    values = [{row[i].strip() for row in rows if i < len(row)} - {""} for i in width]
-    if again := [name for name, seen in zip(names, values) if name in seen]:
-        problem = f"no header? {_quote(again[:1])} of the first row comes again below"
-        raise DataError(f"{problem}; add a first row such as text,label")
-    if len(names) == 2 and text != label:  # one is known
+
+    @staticmethod
+    def _guess(text: int | None, label: int | None, n_values: list[int]):
+        """Of two columns, the other one is the other; the one that repeats is labels."""
+        if len(n_values) != 2:
+            return text, label
+        if text is None and label is None:
+            label, text = np.argsort(n_values, kind="stable").tolist()
+            plain = 1 < n_values[text] >= 2 * n_values[label] - 1
+            return (text, label) if plain else (None, None)
         return (1 - label, label) if text is None else (text, 1 - text)
-    if len(names) == 2 and text is None:
-        few, many = sorted(width, key=lambda i: len(values[i]))
-        if 1 < len(values[many]) >= 2 * len(values[few]) - 1:
-            return many, few
-    problem = f"not clear which columns are text and label among {_quote(names)}"
-    raise DataError(f"{problem}; name them with text_column and label_column")
-
-
-def _find_name(
-    names: list[str], given: str | None, known: tuple[str, ...]
-) -> int | None:
-    if given is not None and names.count(given) != 1:
-        problem = f"{names.count(given)} columns are named {given!r}"
-        raise DataError(f"{problem}; choose one of {_quote(names)}")
-    if given is not None:
-        return names.index(given)
-    for equals in map(str.split, known):
-        if found := [i for i, name in enumerate(names) if name.lower() in equals]:
-            return found[0] if len(found) == 1 else None
-    return None
 
 
 def _quote(names: list[str]) -> str:
@@ -584,10 +581,12 @@ def split_examples(
     shuffled = list(groups.values())
     np.random.default_rng(seed).shuffle(shuffled)
     test = _draw(shuffled, examples.labels, test_size)
-    sides = [i for i in range(len(examples.texts)) if i not in test], sorted(test)
-    columns = examples.texts, examples.labels, examples.lines
-    rest, test = ([[x[i] for i in side if x] for x in columns] for side in sides)
-    return Examples(*rest), Examples(*test)
+    columns = (examples.texts, examples.labels, examples.lines)
+    sides = ([i for i in range(len(examples.texts)) if i not in test], sorted(test))
+    rest, test = (
+        Examples(*([x[i] for i in side if x] for x in columns)) for side in sides
+    )
+    return rest, test
 
 
 def _draw(groups: list[list[int]], labels: list[str], test_size: float) -> set[int]:
@@ -611,56 +610,6 @@ def _draw(groups: list[list[int]], labels: list[str], test_size: float) -> set[i
     return test
 
 
-# The first twelve that are installed and have at least a hundred docstrings are used.
-_LIBRARIES = (
-    "numpy tensorflow flask werkzeug click jinja2 onnxruntime matplotlib asyncio email "
-    "importlib multiprocessing logging unittest http xml pydantic gunicorn tkinter"
-)
-
-
-def _read_docstrings() -> Examples:
-    """First paragraphs of docstrings with their library; nothing is imported."""
-    found, n_labels = {}, 0  # text: library
-    for library in _LIBRARIES.split():
-        drawn = _draw_docstrings(library) if n_labels < 12 else []
-        texts = [text for text in drawn if text not in found]
-        if len(texts) >= 100:
-            found |= dict.fromkeys(texts[:300], library)
-            n_labels += 1
-    return Examples(list(found), list(found.values()))
-
-
-def _draw_docstrings(library: str) -> list[str]:
-    """Some 600 or fewer without the library's name, the same for the same version."""
-    spec = importlib.util.find_spec(library)
-    # the first folder, since tensorflow adds more to it when it is imported
-    roots = list((spec and spec.submodule_search_locations) or [])[:1]
-    paths = [(root, path) for root in roots for path in Path(root).rglob("*.py")]
-    files = sorted((path.relative_to(root).parts, path) for root, path in paths)
-    files = [path for parts, path in files if not {"test", "tests"} & set(parts)]
-    name = re.compile(rf"\w*{library.rstrip('2')}\w*", re.IGNORECASE)
-    rng, found = np.random.default_rng(0), {}
-    for i in rng.permutation(len(files)):
-        for paragraph in _first_paragraphs(files[i]) if len(found) < 600 else ():
-            words = name.sub(" ", paragraph).split()
-            if 6 <= len(words) <= 80:
-                found[" ".join(words)] = None
-    texts = list(found)
-    return [texts[i] for i in rng.permutation(len(texts))]
-
-
-def _first_paragraphs(path: Path) -> list[str]:
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # other people's invalid escapes
-        try:
-            nodes = list(ast.walk(ast.parse(path.read_bytes())))
-        except (OSError, SyntaxError, ValueError, RecursionError):
-            return []
-    texts = [ast.get_docstring(node) or "" for node in nodes if isinstance(node, kinds)]
-    return [re.split(r"\n\s*\n", text)[0] for text in texts]
-
-
 def load_examples(
     data: str | Path | Examples,
     text_column: str | None = None,
@@ -675,16 +624,55 @@ def load_examples(
         return data
     if data == "docstrings":
         return _read_docstrings()
-    if data != "stackoverflow":
-        return read_examples(data, text_column, label_column)
-    name = "stack-overflow-data.csv"
-    path = Path(models_dir, "data", name)
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part_path = path.with_name(f".{name}.part")
-        _download(f"tensorflow-workshop-examples/{name}", part_path)
-        os.replace(part_path, path)
-    return read_examples(path, text_column or "post", label_column or "tags")
+    if data == "stackoverflow":
+        data = Path(models_dir, "data", "stack-overflow-data.csv")
+        if not data.exists():
+            data.parent.mkdir(parents=True, exist_ok=True)
+            part_path = data.with_name(f".{data.name}.part")
+            _download(f"tensorflow-workshop-examples/{data.name}", part_path)
+            os.replace(part_path, data)
+    return read_examples(data, text_column, label_column)
+
+
+def _read_docstrings() -> Examples:
+    """First paragraphs of docstrings with their library; nothing is imported."""
+    found: dict[str, str] = {}  # text: library
+    for library in _LIBRARIES.split():
+        new = (text for text in _draw_docstrings(library) if text not in found)
+        rows = dict.fromkeys(itertools.islice(new, 300), library)
+        if len(rows) >= 100:
+            found |= rows
+        if len({*found.values()}) == 12:
+            break
+    return Examples(list(found), list(found.values()))
+
+
+def _draw_docstrings(library: str) -> Iterator[str]:
+    """Those without the library's name, in an order that the version decides."""
+    spec = importlib.util.find_spec(library)
+    # Not the search locations: tensorflow adds more to them when it is imported.
+    root = Path(spec.origin).parent if spec and spec.origin else None
+    paths = sorted(root.rglob("*.py")) if root else []
+    np.random.default_rng(0).shuffle(paths)
+    name = re.compile(rf"\w*{library.rstrip('2')}\w*", re.IGNORECASE)
+    for path in paths:
+        if {"test", "tests"}.isdisjoint(path.relative_to(root).parts):
+            for paragraph in _first_paragraphs(path):
+                words = name.sub(" ", paragraph).split()
+                if 6 <= len(words) <= 80:
+                    yield " ".join(words)
+
+
+def _first_paragraphs(path: Path) -> list[str]:
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # other people's invalid escapes
+        try:
+            nodes = list(ast.walk(ast.parse(path.read_bytes())))
+        except (OSError, SyntaxError, ValueError, RecursionError):
+            return []
+    texts = [ast.get_docstring(node) or "" for node in nodes if isinstance(node, kinds)]
+    return [re.split(r"\n\s*\n", text)[0] for text in texts]
 
 
 # === 5. Encoding: load_tokenizer, Tokenizer, pad, batches_by_length and _by_tokens ===
@@ -2287,23 +2275,22 @@ def _predict_command(
     """Copy IN.csv to OUT.csv, with label and probability added."""
     if out_path.exists() and (not out_path.is_file() or out_path.samefile(in_path)):
         raise DataError(f"cannot write {out_path}: give a file other than {in_path}")
-    with _naming(in_path):
-        names, rows = _read_table(in_path, text_column)
-        column = _find_name(names, text_column, _COLUMN_NAMES[0])
-        if column is None and len(names) > 1:
-            words = f"not clear which column holds the texts among {_quote(names)}"
-            raise DataError(f"{words}; name it with --text-column")
-    texts = [row[column or 0] for _, row in rows]
-    predictions = Classifier.load(**place).predict(texts)
+    table = _Table(in_path, text_column)
+    column = table.find(text_column, _TEXT_NAMES)
+    if column is None and len(table.names) > 1:
+        words = f"{in_path}: not clear which column holds the texts among"
+        raise DataError(f"{words} {_quote(table.names)}; name it with --text-column")
+    predictions = Classifier.load(**place).predict([r[column or 0] for r in table.rows])
+    names = list(table.names)
     for name in ("label", "probability"):
         names.append(f"predicted_{name}" if name in names else name)
     with _replacing(out_path) as file:
         delimiter = "\t" if out_path.suffix.lower() == ".tsv" else ","
         writer = csv.writer(file, delimiter=delimiter)
         writer.writerow(names)
-        for (_, row), found in zip(rows, predictions, strict=True):
+        for row, found in zip(table.rows, predictions, strict=True):
             writer.writerow([*row, found.label, found.probability])
-    log.info("%d rows with labels: %s", len(rows), out_path)
+    log.info("%d rows with labels: %s", len(predictions), out_path)
 
 
 @_command("serve", "--host 0.0.0.0 --port 8080", "run_dir", "models_dir")

@@ -1066,14 +1066,14 @@ def test_empty_columns_of_a_spreadsheet_are_ignored(read):
 @pytest.mark.parametrize(
     "content, problem",
     [
-        ('text,label\na,x\n"b,y\nc,z\n', "row beginning on line 3: a quote is never"),
-        ('text,label\n"a\nb",x\n"b" c,y\n', "row beginning on line 4: text after a cl"),
+        ('text,label\na,x\n"b,y\nc,z\n', "line 3: a quote stays open"),
+        ('text,label\n"a\nb",x\n"b" c,y\n', "line 4: ',' expected after"),
         ("text,label\na,x\nb,y,z\n", "line 3: 3 fields where the header has 2; quote"),
         ("text,label,n\na,x,1\nb,y\n", "line 3: 2 fields where the header has 3"),
         (b"text,label\r\n\r\ncaf\xe9,x", "line 3: bytes e9 are not UTF-8; save"),
         (b"\xef\xbb\xbftext,label\ra,x\r\x80,y", "line 3: bytes 80 are not UTF-8"),
         ("text,label\na,x\n".encode("utf-16") + b"\0\xd8", "line 3: bytes 00 d8 are"),
-        ("text,label\na,x".encode("utf-16-le"), "the header has NULs (UTF-16?)"),
+        ("text,label\na,x".encode("utf-16-le"), "line 1: the header has NULs"),
         ("text,label\n,x\na,\n", "no row has both a text and a label"),
         (b"\n\n", "no rows"),
     ],
@@ -1596,8 +1596,7 @@ def test_vocabulary_may_have_a_byte_order_mark_and_no_last_newline(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "pieces",
-    [PIECES[1:], [PIECES[0], *PIECES[4:]], PIECES[::-1], [*PIECES, "[PAD]"]],
+    "pieces", [PIECES[1:], [PIECES[0], *PIECES[4:]], PIECES[::-1], [*PIECES, "[PAD]"]]
 )
 def test_vocabulary_without_special_pieces_is_refused(tmp_path, pieces):
     with pytest.raises(PretrainedError) as caught:
@@ -3661,5 +3660,5 @@ def test_a_missing_package_is_one_line_that_names_it(serving_site, tmp_path):
         (tmp_path / "bert" / name).write_text(content)
     done = run_alone(tmp_path, serving_site, "train", "in.csv", "--model-name", "bert")
     assert done.returncode == 2
-    line = "error: tensorflow is not installed: pip install tensorflow"
+    line = "error: tensorflow is not installed; install requirements.txt"
     assert done.stderr.splitlines()[-1] == line
