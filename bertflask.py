@@ -395,11 +395,8 @@ def _read_object(path: Path) -> dict:
 # === 4. Dataset: read_examples, check_labels, split_examples, load_examples ===
 
 # Columns of texts and of labels, most telling first; names in one string are equals.
-_TEXT_NAMES = (
-    "text",
-    "post",
-    "sentence utterance query question message content body review comment tweet",
-)
+_TEXTS = "sentence utterance query question message content body review comment tweet"
+_TEXT_NAMES = ("text", "post", _TEXTS)
 _LABELS = "labels tag class category intent target topic sentiment"
 _LABEL_NAMES = ("label", "tags", _LABELS)
 # The first twelve that are installed and have at least a hundred docstrings are used.
@@ -427,28 +424,23 @@ def read_examples(
     """
     table = _Table(Path(path), text_column, label_column)
     text, label = table.text_and_label(text_column, label_column)
-    columns, empty = ([], [], []), []
-    for line, row in zip(table.lines, table.rows):
-        cells = (row[text], row[label].strip(), line)
-        if not cells[0].strip() or not cells[1]:
-            empty.append(line)
-            continue
-        for column, cell in zip(columns, cells):
-            column.append(cell)
-    if not columns[0]:
+    cells = ((row[text], row[label].strip()) for row in table.rows)
+    by_line = dict(zip(table.lines, cells))
+    full = {line: row for line, row in by_line.items() if all(map(str.strip, row))}
+    if not full:
         raise DataError(f"{path}: no row has both a text and a label; add some")
-    if empty:
+    if empty := [line for line in by_line if line not in full]:
         message = "%s: left out %d of %d rows without text or label (first: line %d)"
-        log.warning(message, path, len(empty), len(table.rows), empty[0])
-    return Examples(*columns)
+        log.warning(message, path, len(empty), len(by_line), empty[0])
+    return Examples(*map(list, zip(*full.values())), list(full))
 
 
 class _Table:
-    """A CSV or TSV file: names of its columns and rows, with the line each begins on."""
+    """A CSV or TSV file: names of its columns, rows and the line each row begins on."""
 
     def __init__(self, path: Path, *given: str | None) -> None:
-        self.path, self.rows, self.lines = path, [], []
-        stream, self.names = self._open(), []
+        self.path, self.names, self.rows, self.lines = path, [], [], []
+        stream = self._open()
         header = next(filter(str.strip, stream), "")
         known = {*given, *" ".join(_TEXT_NAMES + _LABEL_NAMES).split()}
 
@@ -490,33 +482,31 @@ class _Table:
         return io.StringIO(text, newline="")
 
     def _add(self, line: int, row: list[str]) -> None:
-        width = len(self.names)
-        if not width:  # the header, without a spreadsheet's empty columns
-            self.names += map(str.strip, row)
-            while self.names and not self.names[-1]:
-                self.names.pop()
+        if not self.names:  # the header, without a spreadsheet's empty columns
+            width = max((i for i, x in enumerate(row, 1) if x.strip()), default=0)
+            self.names = [name.strip() for name in row[:width]]
             if "\0" in "".join(self.names):
                 raise csv.Error("the header has NULs, is it UTF-16 without a mark?")
-        elif row and len(row) < width and not "".join(row).strip():
-            row = [""] * width
-        if width and row:
-            if len(row) < width or "".join(row[width:]).strip():
+        elif row:
+            width = len(self.names)
+            if "".join(row[width:] if len(row) >= width else row).strip():
                 raise csv.Error(f"{len(row)} fields where the header has {width}")
-            self.rows.append(row[:width])
+            self.rows.append((row + [""] * width)[:width])
             self.lines.append(line)
 
     def find(self, given: str | None, known: tuple[str, ...]) -> int | None:
         """The column's place; None if no known name is there, or several equals."""
-        if given is not None and (n := self.names.count(given)) != 1:
+        if given is None:
+            names = [name.lower() for name in self.names]
+            equals = (
+                [i for i, x in enumerate(names) if x in row.split()] for row in known
+            )
+            found = next(filter(None, equals), [])
+            return found[0] if len(found) == 1 else None
+        if (n := self.names.count(given)) != 1:
             words = f"{n} columns are named {given!r}; choose one of"
             raise self._error(f"{words} {_quote(self.names)}")
-        if given is not None:
-            return self.names.index(given)
-        for equals in map(str.split, known):
-            found = [i for i, x in enumerate(self.names) if x.lower() in equals]
-            if found:
-                return found[0] if len(found) == 1 else None
-        return None
+        return self.names.index(given)
 
     def text_and_label(self, text_column: str | None, label_column: str | None):
         """Where they are: by name, else, of two columns, by content."""
@@ -524,27 +514,20 @@ class _Table:
         label = self.find(label_column, _LABEL_NAMES)
         if None in (text, label):
             values = [{x.strip() for x in cells} - {""} for cells in zip(*self.rows)]
-            for name, cells in zip(self.names, values):
-                if name in cells:
-                    words = f"no header? {name[:40]!r} of the first row comes again"
-                    raise self._error(f"{words} below; add a row such as text,label")
-            text, label = self._guess(text, label, [len(cells) for cells in values])
+            if again := [x for x, cells in zip(self.names, values) if x in cells]:
+                words = f"no header? {again[0][:40]!r} of the first row comes again"
+                raise self._error(f"{words} below; add a row such as text,label")
+            n = [len(cells) for cells in values]
+            for i, j in ((0, 1), (1, 0)) if len(n) == 2 else ():
+                # The other one is the other; of two unknown ones, labels repeat.
+                repeats = text is label and 1 < n[i] >= 2 * n[j] - 1
+                if text == i or label == j or repeats:
+                    text, label = i, j
         if None in (text, label) or text == label:
             words = "not clear which columns are text and label among"
             advice = "name them with text_column and label_column"
             raise self._error(f"{words} {_quote(self.names)}; {advice}")
         return text, label
-
-    @staticmethod
-    def _guess(text: int | None, label: int | None, n_values: list[int]):
-        """Of two columns, the other one is the other; the one that repeats is labels."""
-        if len(n_values) != 2:
-            return text, label
-        if text is None and label is None:
-            label, text = np.argsort(n_values, kind="stable").tolist()
-            plain = 1 < n_values[text] >= 2 * n_values[label] - 1
-            return (text, label) if plain else (None, None)
-        return (1 - label, label) if text is None else (text, 1 - text)
 
 
 def _quote(names: list[str]) -> str:
@@ -685,17 +668,17 @@ _CJK = re.compile(
 
 
 class _CharTable(dict[int, str]):
-    """For `str.translate`; works out a character when it first comes up."""
+    """Makes a rule for characters a table for `str.translate`, filled as they come."""
 
     def __init__(self, rule: Callable[[str], str]) -> None:
         self.rule = rule
 
     def __missing__(self, code_point: int) -> str:
-        self[code_point] = replacement = self.rule(chr(code_point))
-        return replacement
+        return self.setdefault(code_point, self.rule(chr(code_point)))
 
 
-def _cased_char(char: str) -> str:
+@_CharTable
+def _cased(char: str) -> str:
     # bert tokenization.py: _clean_text, _tokenize_chinese_chars, _is_punctuation
     category = unicodedata.category(char)
     if char in "\t\n\r" or category[0] == "Z":
@@ -704,31 +687,28 @@ def _cased_char(char: str) -> str:
         return ""
     if char in string.punctuation or category[0] == "P" or _CJK.match(char):
         return f" {char} "
-    return _NO_PIECE if category == "Cs" else char
+    return char if category != "Cs" else _NO_PIECE
 
 
-def _uncased_char(char: str) -> str:
+@_CharTable
+def _uncased(char: str) -> str:
     # By character: normalizing a long run of marks at once takes quadratic time, and
     # adds just an order among the few marks that are left, which have no pieces.
     plain = unicodedata.normalize("NFD", char.lower())
-    return "".join(_cased_char(c) for c in plain if unicodedata.category(c) != "Mn")
+    letters = (char for char in plain if unicodedata.category(char) != "Mn")
+    return "".join(letters).translate(_cased)
 
 
-def _albert_char(char: str) -> str:
+@_CharTable
+def _albert(char: str) -> str:
     # albert tokenization.py: preprocess_text
     plain = unicodedata.normalize("NFKD", char)
-    letters = "".join(c for c in plain if not unicodedata.combining(c))
-    return _NO_PIECE if unicodedata.category(char) == "Cs" else letters
-
-
-_CASED, _UNCASED, _ALBERT = map(_CharTable, (_cased_char, _uncased_char, _albert_char))
+    letters = (char for char in plain if not unicodedata.combining(char))
+    return "".join(letters) if unicodedata.category(char) != "Cs" else _NO_PIECE
 
 
 class Tokenizer:
-    """Cuts texts into the pieces of a vocabulary; threads may share it.
-
-    `vocab_path` is the file to keep with a trained model.
-    """
+    """Cuts texts into the pieces of its file `vocab_path`; threads may share it."""
 
     specials = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 
@@ -747,7 +727,7 @@ class Tokenizer:
         self.vocab_path, self.vocab_size, self.do_lower_case = path, len(pieces), lower
 
     def encode(self, texts: Sequence[str], max_seq_len: int) -> list[np.ndarray]:
-        """Token ids of each text, int32, cut at `max_seq_len`, not padded.
+        """Token ids of each text, int32, not padded, at most `max_seq_len` (3 or more).
 
         Raises ValueError if that has no room for a piece.
         """
@@ -777,19 +757,18 @@ class _WordPiece(Tokenizer):
     def tokens(self, text: str) -> list[str]:
         """The pieces of a text, without `[CLS]` and `[SEP]`."""
         [ids] = self._piece_ids([text], sys.maxsize)
-        return [self._cutter.id_to_token(i) for i in ids]
+        return [*map(self._cutter.id_to_token, ids)]
 
-    def _piece_ids(self, texts: Sequence[str], n_pieces: int) -> Iterator[list[int]]:
+    def _piece_ids(self, texts: Sequence[str], n_pieces: int) -> list[list[int]]:
         # A word has a piece or more: after n_pieces words, all would be cut off anyway.
         words = (self._plain(text).split(None, n_pieces)[:n_pieces] for text in texts)
-        plain = [" ".join(row) for row in words]
-        cut = self._cutter.encode_batch_fast(plain, add_special_tokens=False)
-        return (encoding.ids for encoding in cut)
+        cut = self._cutter.encode_batch_fast([*map(" ".join, words)])
+        return [encoding.ids for encoding in cut]
 
     def _plain(self, text: str) -> str:
         if self.do_lower_case and "Σ" in text:  # its lower case depends on neighbours
-            text = "".join(char for char in text if _cased_char(char)).lower()
-        return str.translate(text, _UNCASED if self.do_lower_case else _CASED)
+            text = "".join(char for char in text if _cased[ord(char)]).lower()
+        return str.translate(text, _uncased if self.do_lower_case else _cased)
 
 
 class _SentencePiece(Tokenizer):
@@ -805,7 +784,7 @@ class _SentencePiece(Tokenizer):
 
     def tokens(self, text: str) -> list[str]:
         """The pieces of a text, without `[CLS]` and `[SEP]`."""
-        plain = " ".join(str.split(text)).translate(_ALBERT)
+        plain = " ".join(str.split(text)).translate(_albert)
         pieces = self._cut(plain.lower() if self.do_lower_case else plain)
         return [part for piece in pieces for part in self._recut(piece)]
 
