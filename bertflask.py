@@ -563,34 +563,33 @@ def split_examples(
         groups.setdefault(text.strip(), []).append(i)
     shuffled = list(groups.values())
     np.random.default_rng(seed).shuffle(shuffled)
-    test = _draw(shuffled, examples.labels, test_size)
-    columns = (examples.texts, examples.labels, examples.lines)
-    sides = ([i for i in range(len(examples.texts)) if i not in test], sorted(test))
+    in_test = _draw(shuffled, examples.labels, test_size)
     rest, test = (
-        Examples(*([x[i] for i in side if x] for x in columns)) for side in sides
+        Examples(*(list(itertools.compress(x, side)) for x in vars(examples).values()))
+        for side in (~in_test, in_test)
     )
     return rest, test
 
 
-def _draw(groups: list[list[int]], labels: list[str], test_size: float) -> set[int]:
-    """The test rows: whole groups, and never the last one of a label."""
+def _draw(groups: list[list[int]], labels: list[str], test_size: float) -> np.ndarray:
+    """Which rows are tested: whole groups, and never the last one of a label."""
     left = Counter(label for rows in groups for label in {labels[i] for i in rows})
     firsts = (labels[rows[0]] for rows in groups for _ in rows)
     sizes = Counter(label for label in firsts if left[label] > 1)
     # Rounded sums, not shares: so many rare labels get their share together.
     sums = np.floor(test_size * np.cumsum(list(sizes.values())) + 0.5 + 1e-9)
     wanted = dict(zip(sizes, np.diff(sums, prepend=0)))
-    test: set[int] = set()
+    in_test = np.zeros(len(labels), bool)
     for rows in groups:
         label, own = labels[rows[0]], {labels[i] for i in rows}
         if 2 * wanted.get(label, 0) >= len(rows) and all(left[x] > 1 for x in own):
             wanted[label] -= len(rows)
             left.subtract(own)
-            test.update(rows)
-    if test_size and not test:  # one group is better than none
+            in_test[rows] = True
+    if test_size and not in_test.any():  # one group is better than none
         spare = [rows for rows in groups if all(left[labels[i]] > 1 for i in rows)]
-        test.update(min(spare, key=len, default=[]))
-    return test
+        in_test[min(spare, key=len, default=[])] = True
+    return in_test
 
 
 def load_examples(
@@ -627,29 +626,28 @@ def _read_docstrings() -> Examples:
             found |= rows
         if len({*found.values()}) == 12:
             break
-    return Examples(list(found), list(found.values()))
+    return Examples([*found], [*found.values()])
 
 
 def _draw_docstrings(library: str) -> Iterator[str]:
     """Those without the library's name, in an order that the version decides."""
-    spec = importlib.util.find_spec(library)
+    if not (origin := getattr(importlib.util.find_spec(library), "origin", None)):
+        return
     # Not the search locations: tensorflow adds more to them when it is imported.
-    root = Path(spec.origin).parent if spec and spec.origin else None
-    paths = sorted(root.rglob("*.py")) if root else []
+    root = Path(origin).parent
+    paths = sorted(root.rglob("*.py"))
     np.random.default_rng(0).shuffle(paths)
-    name = re.compile(rf"\w*{library.rstrip('2')}\w*", re.IGNORECASE)
-    for path in paths:
-        if {"test", "tests"}.isdisjoint(path.relative_to(root).parts):
-            for paragraph in _first_paragraphs(path):
-                words = name.sub(" ", paragraph).split()
-                if 6 <= len(words) <= 80:
-                    yield " ".join(words)
+    tests = {"test", "tests"}
+    paths = (path for path in paths if tests.isdisjoint(path.relative_to(root).parts))
+    for paragraph in itertools.chain.from_iterable(map(_first_paragraphs, paths)):
+        words = re.sub(rf"(?i)\w*{library.rstrip('2')}\w*", " ", paragraph).split()
+        if 6 <= len(words) <= 80:
+            yield " ".join(words)
 
 
 def _first_paragraphs(path: Path) -> list[str]:
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # other people's invalid escapes
+    with warnings.catch_warnings(action="ignore"):  # other people's invalid escapes
         try:
             nodes = list(ast.walk(ast.parse(path.read_bytes())))
         except (OSError, SyntaxError, ValueError, RecursionError):
@@ -727,13 +725,10 @@ class Tokenizer:
         self.vocab_path, self.vocab_size, self.do_lower_case = path, len(pieces), lower
 
     def encode(self, texts: Sequence[str], max_seq_len: int) -> list[np.ndarray]:
-        """Token ids of each text, int32, not padded, at most `max_seq_len` (3 or more).
-
-        Raises ValueError if that has no room for a piece.
-        """
+        """Each text's token ids, int32, cut at `max_seq_len`; ValueError if below 3."""
         if max_seq_len < 3:
             raise ValueError(f"max_seq_len is {max_seq_len}; it must be 3 or more")
-        # the dog barked     [CLS] the dog bark ##ed [SEP]
+        # the dog barked     [CLS] the dog bark ##ed [SEP]    and no padding
         # max_seq_len = 4    [CLS] the dog [SEP]
         n_pieces = max_seq_len - 2
         return [
