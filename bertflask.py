@@ -498,10 +498,9 @@ class _Table:
         """The column's place; None if no known name is there, or several equals."""
         if given is None:
             names = [name.lower() for name in self.names]
-            equals = (
-                [i for i, x in enumerate(names) if x in row.split()] for row in known
-            )
-            found = next(filter(None, equals), [])
+            equals = map(str.split, known)
+            places = ([i for i, x in enumerate(names) if x in row] for row in equals)
+            found = next(filter(None, places), [])
             return found[0] if len(found) == 1 else None
         if (n := self.names.count(given)) != 1:
             words = f"{n} columns are named {given!r}; choose one of"
@@ -564,11 +563,9 @@ def split_examples(
     shuffled = list(groups.values())
     np.random.default_rng(seed).shuffle(shuffled)
     in_test = _draw(shuffled, examples.labels, test_size)
-    rest, test = (
-        Examples(*(list(itertools.compress(x, side)) for x in vars(examples).values()))
-        for side in (~in_test, in_test)
-    )
-    return rest, test
+    columns, sides = vars(examples).values(), (~in_test, in_test)
+    rest, test = ([[*itertools.compress(x, side)] for x in columns] for side in sides)
+    return Examples(*rest), Examples(*test)
 
 
 def _draw(groups: list[list[int]], labels: list[str], test_size: float) -> np.ndarray:
@@ -647,13 +644,13 @@ def _draw_docstrings(library: str) -> Iterator[str]:
 
 def _first_paragraphs(path: Path) -> list[str]:
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    with warnings.catch_warnings(action="ignore"):  # other people's invalid escapes
-        try:
-            nodes = list(ast.walk(ast.parse(path.read_bytes())))
-        except (OSError, SyntaxError, ValueError, RecursionError):
-            return []
-    texts = [ast.get_docstring(node) or "" for node in nodes if isinstance(node, kinds)]
-    return [re.split(r"\n\s*\n", text)[0] for text in texts]
+    bad = (OSError, SyntaxError, ValueError, RecursionError)
+    # Ignored: other people's invalid escapes.
+    with warnings.catch_warnings(action="ignore"), contextlib.suppress(*bad):
+        tree = ast.walk(ast.parse(path.read_bytes()))
+        nodes = [node for node in tree if isinstance(node, kinds)]
+        return [re.split(r"\n\s*\n", ast.get_docstring(x) or "")[0] for x in nodes]
+    return []
 
 
 # === 5. Encoding: load_tokenizer, Tokenizer, pad, batches_by_length and _by_tokens ===
@@ -778,16 +775,15 @@ class _SentencePiece(Tokenizer):
         self._cut = functools.partial(cutter.encode, out_type=str)
 
     def tokens(self, text: str) -> list[str]:
-        """The pieces of a text, without `[CLS]` and `[SEP]`."""
         plain = " ".join(str.split(text)).translate(_albert)
-        pieces = self._cut(plain.lower() if self.do_lower_case else plain)
-        return [part for piece in pieces for part in self._recut(piece)]
-
-    def _recut(self, piece: str) -> list[str]:
+        found: list[str] = []
         # albert tokenization.py: encode_pieces. ▁9, is cut again, into ▁9 and a comma.
-        if piece[-1] != "," or not piece[-2:-1].isdigit():
-            return [piece]
-        return [*self._cut(piece[:-1].replace("▁", "")), ","]
+        for piece in self._cut(plain.lower() if self.do_lower_case else plain):
+            again = piece[-1] == "," and piece[-2:-1].isdigit()
+            found += (
+                [*self._cut(piece[:-1].replace("▁", "")), ","] if again else [piece]
+            )
+        return found
 
     def _piece_ids(self, texts: Sequence[str], n_pieces: int) -> Iterator[list[int]]:
         for text in texts:
@@ -803,8 +799,7 @@ def load_tokenizer(
     """
     folder = Path(checkpoint_dir)
     paths = [folder / "vocab.txt", *sorted(folder.glob("*.model"))]
-    vocab_path = next((path for path in paths if path.is_file()), None)
-    if vocab_path is None:
+    if not (vocab_path := next(filter(Path.is_file, paths), None)):
         raise PretrainedError(f"{folder} has no vocab.txt or *.model: complete it")
     for path in (folder / "pretrained.json", folder / "tokenizer_config.json"):
         if do_lower_case is None and path.is_file():
@@ -837,17 +832,13 @@ def batches_by_length(
 
 
 def batches_by_tokens(lengths: Sequence[int], token_budget: int) -> list[np.ndarray]:
-    """Row numbers, short rows first, in batches of `token_budget` tokens with padding.
-
-    A row longer than that is a batch of its own.
-    """
-    batches: list[list[int]] = []
+    """Row numbers, short first; one a batch or more in `token_budget` padded tokens."""
+    batches: list[list[int]] = [[]]
     for row in np.argsort(lengths, kind="stable"):
-        if batches and (len(batches[-1]) + 1) * lengths[row] <= token_budget:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
-    return [np.array(batch) for batch in batches]
+        if (len(batches[-1]) + 1) * lengths[row] > token_budget:
+            batches.append([])
+        batches[-1].append(row)
+    return [np.array(batch) for batch in batches if batch]
 
 
 # === 6. Model: read_config, Model, build_model ===
