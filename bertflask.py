@@ -518,7 +518,7 @@ class _Table:
                 raise self._error(f"{words} below; add a row such as text,label")
             n = [len(cells) for cells in values]
             for i, j in ((0, 1), (1, 0)) if len(n) == 2 else ():
-                # The other one is the other; of two unknown ones, labels repeat.
+                # Either one tells the other; of two unknown ones, labels repeat.
                 repeats = text is label and 1 < n[i] >= 2 * n[j] - 1
                 if text == i or label == j or repeats:
                     text, label = i, j
@@ -778,11 +778,9 @@ class _SentencePiece(Tokenizer):
         plain = " ".join(str.split(text)).translate(_albert)
         found: list[str] = []
         # albert tokenization.py: encode_pieces. ▁9, is cut again, into ▁9 and a comma.
-        for piece in self._cut(plain.lower() if self.do_lower_case else plain):
-            again = piece[-1] == "," and piece[-2:-1].isdigit()
-            found += (
-                [*self._cut(piece[:-1].replace("▁", "")), ","] if again else [piece]
-            )
+        for part in self._cut(plain.lower() if self.do_lower_case else plain):
+            again = part[-1] == "," and part[-2:-1].isdigit()
+            found += [*self._cut(part[:-1].replace("▁", "")), ","] if again else [part]
         return found
 
     def _piece_ids(self, texts: Sequence[str], n_pieces: int) -> Iterator[list[int]]:
