@@ -1993,7 +1993,7 @@ def create_app(
     max_characters: int = 1_000_000,  # of one text
 ) -> flask.Flask:
     """A Flask application on anything with `labels`, `name` and `predict`."""
-    import flask
+    from flask import Flask, g, request
     from pydantic import Field, create_model
 
     text = Annotated[str, Field(max_length=max_characters)]
@@ -2001,31 +2001,29 @@ def create_app(
     top_k = Annotated[int, Field(ge=1, le=len(classifier.labels))] | None
     strict = {"strict": True}  # true is no number, 1 is no text
     body = create_model("Body", __config__=strict, x=(texts, ...), top_k=(top_k, None))
-    app = flask.Flask(__name__, static_folder=None)
-    app.config.update(CLASSIFIER=classifier, BODY=body, MAX_BODY_BYTES=max_body_bytes)
+    app = Flask(__name__, static_folder=None)
     app.json.sort_keys = False
     app.url_map.merge_slashes = False  # it redirects, with a page of HTML
-    app.before_request(_start_request)
-    app.after_request(_log_request)
-    app.register_error_handler(Exception, _answer_error)
-    app.add_url_rule("/predict", view_func=_predict, methods=["POST"])
+    app.before_request(functools.partial(_start_request, g, request))
+    app.after_request(functools.partial(_log_request, g, request))
+    app.register_error_handler(Exception, functools.partial(_answer_error, g))
+    view = functools.partial(_predict, request, classifier, body, max_body_bytes)
+    app.add_url_rule("/predict", "predict", view, methods=["POST"])
     app.add_url_rule("/health_check", "health_check", lambda: {"status": "ok"})
     return app
 
 
-def _start_request() -> None:
-    from flask import g, request
-
+def _start_request(g: Any, request: flask.Request) -> None:
     given = request.headers.get("X-Request-Id", "")
     g.request_id = given if re.fullmatch("[!-~]{1,128}", given) else uuid.uuid4().hex
     g.started = time.perf_counter()
 
 
-def _predict() -> dict[str, Any]:
-    from flask import current_app
-
-    body = _read_body()
-    found = current_app.config["CLASSIFIER"].predict(body.x, top_k=body.top_k or 1)
+def _predict(
+    request: flask.Request, classifier: Any, kind: Any, limit: int
+) -> dict[str, Any]:
+    body = _read_body(request, kind, limit)
+    found = classifier.predict(body.x, top_k=body.top_k or 1)
     answer = {
         "model": found[0].model,  # the one that answered, whatever is loaded now
         "predictions": [one.label for one in found],
@@ -2035,21 +2033,17 @@ def _predict() -> dict[str, Any]:
     return answer | ({"top_k": [one.top_k for one in found]} if body.top_k else {})
 
 
-def _read_body() -> Any:
-    from flask import current_app, request
+def _read_body(request: flask.Request, kind: Any, limit: int) -> Any:
+    """A `kind`, a pydantic model; RequestError if the body is none or over `limit`."""
     from pydantic import ValidationError
 
-    limit = current_app.config["MAX_BODY_BYTES"]
     try:
         raw = request.stream.read(limit + 1)
-        if len(raw) > limit:
-            for _ in range(100):  # most clients first send all of a body
-                request.stream.read(2**20)
-            raise RequestError(f"the body is over {limit} bytes", 413, "body_too_large")
-        parsed = json.loads(raw, parse_constant=int)  # int() refuses NaN and Infinity
-        return current_app.config["BODY"].model_validate(parsed)
-    except RequestError:
-        raise
+        if len(raw) <= limit:
+            # int() refuses NaN and Infinity
+            return kind.model_validate(json.loads(raw, parse_constant=int))
+        for _ in range(100):  # most clients first send all of a body
+            request.stream.read(2**20)
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]
         field, *index = problem["loc"] or (None,)
@@ -2058,13 +2052,13 @@ def _read_body() -> Any:
         raise RequestError(words, 422, problem["type"], field) from None
     except Exception:  # ValueError, RecursionError, the server's for a broken chunk
         raise RequestError("the body is not JSON in UTF-8", 400, "not_json") from None
+    raise RequestError(f"the body is over {limit} bytes", 413, "body_too_large")
 
 
-def _answer_error(error: Exception) -> tuple[dict[str, Any], int, dict[str, str]]:
-    from flask import g
+def _answer_error(g: Any, error: Exception) -> tuple[dict, int, dict[str, str]]:
     from werkzeug.exceptions import HTTPException
 
-    headers = {}
+    headers = {"Retry-After": "1"} if getattr(error, "status", 0) == 429 else {}
     if isinstance(error, HTTPException):  # 404, 405
         headers = {key: v for key, v in error.get_headers() if key == "Allow"}
         code = error.name.lower().replace(" ", "_")
@@ -2074,15 +2068,13 @@ def _answer_error(error: Exception) -> tuple[dict[str, Any], int, dict[str, str]
         frames = "".join(traceback.format_tb(error.__traceback__))
         log.error("%s in request %s\n%s", type(error).__name__, g.request_id, frames)
         error = RequestError(f"a bug, logged as {g.request_id}", 500, "internal_error")
-    if error.status == 429:
-        headers["Retry-After"] = "1"  # seconds
     parts = {"code": error.code, "message": str(error), "field": error.field}
     return {"error": parts}, error.status, headers
 
 
-def _log_request(response: flask.Response) -> flask.Response:
-    from flask import g, request
-
+def _log_request(
+    g: Any, request: flask.Request, response: flask.Response
+) -> flask.Response:
     response.headers["X-Request-Id"] = g.request_id
     entry = {
         "endpoint": request.path,
@@ -2106,13 +2098,14 @@ def serve(
     """
     from gunicorn.app.base import BaseApplication
 
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    name, family = host, socket.AF_INET
+    if ":" in host:
+        name, family = f"[{host}]", socket.AF_INET6
     try:
         listener = socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, UnicodeError) as error:
         words = f"cannot listen on {host} port {port}: {_one_line(error)}"
         raise ServerError(f"{words}; give another --port") from None
-    name = f"[{host}]" if ":" in host else host
     url = f"http://{name}:{listener.getsockname()[1]}"
     settings = _GUNICORN | {"bind": f"fd://{listener.detach()}", "threads": n_threads}
 
