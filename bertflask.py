@@ -2013,15 +2013,13 @@ def create_app(
     return app
 
 
-def _start_request(g: Any, request: flask.Request) -> None:
+def _start_request(g: Any, request: Any) -> None:
     given = request.headers.get("X-Request-Id", "")
     g.request_id = given if re.fullmatch("[!-~]{1,128}", given) else uuid.uuid4().hex
     g.started = time.perf_counter()
 
 
-def _predict(
-    request: flask.Request, classifier: Any, kind: Any, limit: int
-) -> dict[str, Any]:
+def _predict(request: Any, classifier: Any, kind: Any, limit: int) -> dict[str, Any]:
     body = _read_body(request, kind, limit)
     found = classifier.predict(body.x, top_k=body.top_k or 1)
     answer = {
@@ -2033,7 +2031,7 @@ def _predict(
     return answer | ({"top_k": [one.top_k for one in found]} if body.top_k else {})
 
 
-def _read_body(request: flask.Request, kind: Any, limit: int) -> Any:
+def _read_body(request: Any, kind: Any, limit: int) -> Any:
     """A `kind`, a pydantic model; RequestError if the body is none or over `limit`."""
     from pydantic import ValidationError
 
@@ -2072,9 +2070,7 @@ def _answer_error(g: Any, error: Exception) -> tuple[dict, int, dict[str, str]]:
     return {"error": parts}, error.status, headers
 
 
-def _log_request(
-    g: Any, request: flask.Request, response: flask.Response
-) -> flask.Response:
+def _log_request(g: Any, request: Any, response: flask.Response) -> flask.Response:
     response.headers["X-Request-Id"] = g.request_id
     entry = {
         "endpoint": request.path,
@@ -2098,14 +2094,13 @@ def serve(
     """
     from gunicorn.app.base import BaseApplication
 
-    name, family = host, socket.AF_INET
-    if ":" in host:
-        name, family = f"[{host}]", socket.AF_INET6
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, UnicodeError) as error:
         words = f"cannot listen on {host} port {port}: {_one_line(error)}"
         raise ServerError(f"{words}; give another --port") from None
+    name = f"[{host}]" if ":" in host else host
     url = f"http://{name}:{listener.getsockname()[1]}"
     settings = _GUNICORN | {"bind": f"fd://{listener.detach()}", "threads": n_threads}
 
@@ -2179,14 +2174,11 @@ def _commands() -> None:
 
 
 def _flag(field: dataclasses.Field) -> click.Option:
-    meta = field.metadata
+    meta, names = field.metadata, ["--" + field.name.replace("_", "-")]
     shown = meta.get("else_")  # what None stands for
-    kind = type(field.default if shown is None else shown)
+    kind = click.Choice(meta["choices"]) if "choices" in meta else None
     if isinstance(shown, (int, float)):
-        shown = f"the model's recommendation, else {shown}"
-    if "choices" in meta:
-        kind = click.Choice(meta["choices"])
-    names = ["--" + field.name.replace("_", "-")]
+        kind, shown = type(shown), f"the model's recommendation, else {shown}"
     texts = {"show_default": shown, "help": meta["help"]}
     return click.Option(names, type=kind, default=field.default, **texts)
 
@@ -2213,9 +2205,9 @@ def _models_command(models_dir: str) -> None:
     line = "{:<32}{:<8}{:<12}{}".format
     click.echo(line("model_name", "type", "case", "fetched"))
     for name, row in PRETRAINED.items():
-        fetched = Path(models_dir, "pretrained", name).is_dir()
+        fetched = "yes" if Path(models_dir, "pretrained", name).is_dir() else "no"
         case = "lower-cases" if row.do_lower_case else "keeps"
-        click.echo(line(name, row.model_type, case, "yes" if fetched else "no"))
+        click.echo(line(name, row.model_type, case, fetched))
 
 
 @_command("fetch", "minilm_L-6_H-384_A-12", "models_dir")
@@ -2250,9 +2242,7 @@ def _evaluate_command(data: str, run_dir: str | None, **place: str | None) -> No
     examples = load_examples(data, **place)
     classifier = Classifier.load(run_dir, place["models_dir"])
     predicted = [row.label for row in classifier.predict(examples.texts)]
-    known = set(classifier.labels)
-    unknown = Counter(label for label in examples.labels if label not in known)
-    if unknown:
+    if unknown := Counter(x for x in examples.labels if x not in classifier.labels):
         names = ", ".join(f"{label!r} ({n})" for label, n in sorted(unknown.items()))
         log.warning("counted as wrong, since the model does not know them: %s", names)
     metrics = evaluate_predictions(examples.labels, predicted)
@@ -2274,9 +2264,8 @@ def _predict_command(
         words = f"{in_path}: not clear which column holds the texts among"
         raise DataError(f"{words} {_quote(table.names)}; name it with --text-column")
     predictions = Classifier.load(**place).predict([r[column or 0] for r in table.rows])
-    names = list(table.names)
-    for name in ("label", "probability"):
-        names.append(f"predicted_{name}" if name in names else name)
+    names, added = table.names, ("label", "probability")
+    names = [*names, *(f"predicted_{x}" if x in names else x for x in added)]
     with _replacing(out_path) as file:
         delimiter = "\t" if out_path.suffix.lower() == ".tsv" else ","
         writer = csv.writer(file, delimiter=delimiter)
