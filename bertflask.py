@@ -2045,8 +2045,7 @@ def _read_body(request: Any, kind: Any, limit: int) -> Any:
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]
         field, *index = problem["loc"] or (None,)
-        where = (field or "the body") + "".join(f"[{i}]" for i in index)
-        words = f"{where}: {problem['msg']}"
+        words = f"{field or 'the body'}{index or ''}: {problem['msg']}"  # x[1]: ...
         raise RequestError(words, 422, problem["type"], field) from None
     except Exception:  # ValueError, RecursionError, the server's for a broken chunk
         raise RequestError("the body is not JSON in UTF-8", 400, "not_json") from None
@@ -2056,6 +2055,7 @@ def _read_body(request: Any, kind: Any, limit: int) -> Any:
 def _answer_error(g: Any, error: Exception) -> tuple[dict, int, dict[str, str]]:
     from werkzeug.exceptions import HTTPException
 
+    # in seconds
     headers = {"Retry-After": "1"} if getattr(error, "status", 0) == 429 else {}
     if isinstance(error, HTTPException):  # 404, 405
         headers = {key: v for key, v in error.get_headers() if key == "Allow"}
@@ -2191,17 +2191,13 @@ _FLAGS["run_dir"] = click.Option(
 
 def _command(name: str, example: str, *flags: str) -> Callable:
     """A command with these flags and, in its help, an example."""
-    params = [_FLAGS[flag] for flag in flags]
     epilog = f"{_EXAMPLE}{name} {example}"
-    return _commands.command(name, params=params, epilog=epilog)
+    return _commands.command(name, params=[_FLAGS[x] for x in flags], epilog=epilog)
 
 
 @_command("models", "", "models_dir")
 def _models_command(models_dir: str) -> None:
-    """List the pretrained models that are known by name.
-
-    Folders, archives and owner/name on the Hugging Face hub are models too.
-    """
+    """List known models. Use folders, archives, owner/name on Hugging Face too."""
     line = "{:<32}{:<8}{:<12}{}".format
     click.echo(line("model_name", "type", "case", "fetched"))
     for name, row in PRETRAINED.items():
