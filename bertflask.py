@@ -2227,8 +2227,7 @@ def _train_command(data: str | None, test: str | None, **parameters: Any) -> Non
         path = run_dir / "confusion_matrix.png"
         log.info("test accuracy %.4f, confusion matrix: %s", metrics["accuracy"], path)
     keys = ("accuracy", "macro_f1", "train_texts_per_s", "train_seconds")
-    result = {"run_dir": str(run_dir)} | {key: metrics[key] for key in keys}
-    click.echo(json.dumps(result))
+    click.echo(json.dumps({"run_dir": str(run_dir)} | {x: metrics[x] for x in keys}))
 
 
 @_command("evaluate", "a.csv", "text_column", "label_column", "run_dir", "models_dir")
