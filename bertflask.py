@@ -1956,7 +1956,7 @@ def create_app(
     max_characters: int = 1_000_000,  # of one text
 ) -> flask.Flask:
     """A Flask application on anything with `labels`, `name` and `predict`."""
-    import flask
+    from flask import Flask, g, request
     from pydantic import Field, create_model
 
     text = Annotated[str, Field(max_length=max_characters)]
@@ -1964,31 +1964,27 @@ def create_app(
     top_k = Annotated[int, Field(ge=1, le=len(classifier.labels))] | None
     strict = {"strict": True}  # true is no number, 1 is no text
     body = create_model("Body", __config__=strict, x=(texts, ...), top_k=(top_k, None))
-    app = flask.Flask(__name__, static_folder=None)
-    app.config.update(CLASSIFIER=classifier, BODY=body, MAX_BODY_BYTES=max_body_bytes)
+    app = Flask(__name__, static_folder=None)
     app.json.sort_keys = False
     app.url_map.merge_slashes = False  # it redirects, with a page of HTML
-    app.before_request(_start_request)
-    app.after_request(_log_request)
-    app.register_error_handler(Exception, _answer_error)
-    app.add_url_rule("/predict", view_func=_predict, methods=["POST"])
+    app.before_request(functools.partial(_start_request, g, request))
+    app.after_request(functools.partial(_log_request, g, request))
+    app.register_error_handler(Exception, functools.partial(_answer_error, g))
+    view = functools.partial(_predict, request, classifier, body, max_body_bytes)
+    app.add_url_rule("/predict", "predict", view, methods=["POST"])
     app.add_url_rule("/health_check", "health_check", lambda: {"status": "ok"})
     return app
 
 
-def _start_request() -> None:
-    from flask import g, request
-
+def _start_request(g: Any, request: Any) -> None:
     given = request.headers.get("X-Request-Id", "")
     g.request_id = given if re.fullmatch("[!-~]{1,128}", given) else uuid.uuid4().hex
     g.started = time.perf_counter()
 
 
-def _predict() -> dict[str, Any]:
-    from flask import current_app
-
-    body = _read_body()
-    found = current_app.config["CLASSIFIER"].predict(body.x, top_k=body.top_k or 1)
+def _predict(request: Any, classifier: Any, kind: Any, limit: int) -> dict[str, Any]:
+    body = _read_body(request, kind, limit)
+    found = classifier.predict(body.x, top_k=body.top_k or 1)
     answer = {
         "model": found[0].model,  # the one that answered, whatever is loaded now
         "predictions": [one.label for one in found],
@@ -1998,36 +1994,32 @@ def _predict() -> dict[str, Any]:
     return answer | ({"top_k": [one.top_k for one in found]} if body.top_k else {})
 
 
-def _read_body() -> Any:
-    from flask import current_app, request
+def _read_body(request: Any, kind: Any, limit: int) -> Any:
+    """A `kind`, a pydantic model; RequestError if the body is none or over `limit`."""
     from pydantic import ValidationError
 
-    limit = current_app.config["MAX_BODY_BYTES"]
     try:
         raw = request.stream.read(limit + 1)
-        if len(raw) > limit:
-            for _ in range(100):  # most clients first send all of a body
-                request.stream.read(2**20)
-            raise RequestError(f"the body is over {limit} bytes", 413, "body_too_large")
-        parsed = json.loads(raw, parse_constant=int)  # int() refuses NaN and Infinity
-        return current_app.config["BODY"].model_validate(parsed)
-    except RequestError:
-        raise
+        if len(raw) <= limit:
+            # int() refuses NaN and Infinity
+            return kind.model_validate(json.loads(raw, parse_constant=int))
+        for _ in range(100):  # most clients first send all of a body
+            request.stream.read(2**20)
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]
         field, *index = problem["loc"] or (None,)
-        where = (field or "the body") + "".join(f"[{i}]" for i in index)
-        words = f"{where}: {problem['msg']}"
+        words = f"{field or 'the body'}{index or ''}: {problem['msg']}"  # x[1]: ...
         raise RequestError(words, 422, problem["type"], field) from None
     except Exception:  # ValueError, RecursionError, the server's for a broken chunk
         raise RequestError("the body is not JSON in UTF-8", 400, "not_json") from None
+    raise RequestError(f"the body is over {limit} bytes", 413, "body_too_large")
 
 
-def _answer_error(error: Exception) -> tuple[dict[str, Any], int, dict[str, str]]:
-    from flask import g
+def _answer_error(g: Any, error: Exception) -> tuple[dict, int, dict[str, str]]:
     from werkzeug.exceptions import HTTPException
 
-    headers = {}
+    # in seconds
+    headers = {"Retry-After": "1"} if getattr(error, "status", 0) == 429 else {}
     if isinstance(error, HTTPException):  # 404, 405
         headers = {key: v for key, v in error.get_headers() if key == "Allow"}
         code = error.name.lower().replace(" ", "_")
@@ -2037,15 +2029,11 @@ def _answer_error(error: Exception) -> tuple[dict[str, Any], int, dict[str, str]
         frames = "".join(traceback.format_tb(error.__traceback__))
         log.error("%s in request %s\n%s", type(error).__name__, g.request_id, frames)
         error = RequestError(f"a bug, logged as {g.request_id}", 500, "internal_error")
-    if error.status == 429:
-        headers["Retry-After"] = "1"  # seconds
     parts = {"code": error.code, "message": str(error), "field": error.field}
     return {"error": parts}, error.status, headers
 
 
-def _log_request(response: flask.Response) -> flask.Response:
-    from flask import g, request
-
+def _log_request(g: Any, request: Any, response: flask.Response) -> flask.Response:
     response.headers["X-Request-Id"] = g.request_id
     entry = {
         "endpoint": request.path,
@@ -2149,14 +2137,11 @@ def _commands() -> None:
 
 
 def _flag(field: dataclasses.Field) -> click.Option:
-    meta = field.metadata
+    meta, names = field.metadata, ["--" + field.name.replace("_", "-")]
     shown = meta.get("else_")  # what None stands for
-    kind = type(field.default if shown is None else shown)
+    kind = click.Choice(meta["choices"]) if "choices" in meta else None
     if isinstance(shown, (int, float)):
-        shown = f"the model's recommendation, else {shown}"
-    if "choices" in meta:
-        kind = click.Choice(meta["choices"])
-    names = ["--" + field.name.replace("_", "-")]
+        kind, shown = type(shown), f"the model's recommendation, else {shown}"
     texts = {"show_default": shown, "help": meta["help"]}
     return click.Option(names, type=kind, default=field.default, **texts)
 
@@ -2169,23 +2154,19 @@ _FLAGS["run_dir"] = click.Option(
 
 def _command(name: str, example: str, *flags: str) -> Callable:
     """A command with these flags and, in its help, an example."""
-    params = [_FLAGS[flag] for flag in flags]
     epilog = f"{_EXAMPLE}{name} {example}"
-    return _commands.command(name, params=params, epilog=epilog)
+    return _commands.command(name, params=[_FLAGS[x] for x in flags], epilog=epilog)
 
 
 @_command("models", "", "models_dir")
 def _models_command(models_dir: str) -> None:
-    """List the pretrained models that are known by name.
-
-    Folders, archives and owner/name on the Hugging Face hub are models too.
-    """
+    """List known models. Use folders, archives, owner/name on Hugging Face too."""
     line = "{:<32}{:<8}{:<12}{}".format
     click.echo(line("model_name", "type", "case", "fetched"))
     for name, row in PRETRAINED.items():
-        fetched = Path(models_dir, "pretrained", name).is_dir()
+        fetched = "yes" if Path(models_dir, "pretrained", name).is_dir() else "no"
         case = "lower-cases" if row.do_lower_case else "keeps"
-        click.echo(line(name, row.model_type, case, "yes" if fetched else "no"))
+        click.echo(line(name, row.model_type, case, fetched))
 
 
 @_command("fetch", "minilm_L-6_H-384_A-12", "models_dir")
@@ -2209,8 +2190,7 @@ def _train_command(data: str | None, test: str | None, **parameters: Any) -> Non
         path = run_dir / "confusion_matrix.png"
         log.info("test accuracy %.4f, confusion matrix: %s", metrics["accuracy"], path)
     keys = ("accuracy", "macro_f1", "train_texts_per_s", "train_seconds")
-    result = {"run_dir": str(run_dir)} | {key: metrics[key] for key in keys}
-    click.echo(json.dumps(result))
+    click.echo(json.dumps({"run_dir": str(run_dir)} | {x: metrics[x] for x in keys}))
 
 
 @_command("evaluate", "a.csv", "text_column", "label_column", "run_dir", "models_dir")
@@ -2220,9 +2200,7 @@ def _evaluate_command(data: str, run_dir: str | None, **place: str | None) -> No
     examples = load_examples(data, **place)
     classifier = Classifier.load(run_dir, place["models_dir"])
     predicted = [row.label for row in classifier.predict(examples.texts)]
-    known = set(classifier.labels)
-    unknown = Counter(label for label in examples.labels if label not in known)
-    if unknown:
+    if unknown := Counter(x for x in examples.labels if x not in classifier.labels):
         names = ", ".join(f"{label!r} ({n})" for label, n in sorted(unknown.items()))
         log.warning("counted as wrong, since the model does not know them: %s", names)
     metrics = evaluate_predictions(examples.labels, predicted)
@@ -2244,9 +2222,8 @@ def _predict_command(
         words = f"{in_path}: not clear which column holds the texts among"
         raise DataError(f"{words} {_quote(table.names)}; name it with --text-column")
     predictions = Classifier.load(**place).predict([r[column or 0] for r in table.rows])
-    names = list(table.names)
-    for name in ("label", "probability"):
-        names.append(f"predicted_{name}" if name in names else name)
+    names, added = table.names, ("label", "probability")
+    names = [*names, *(f"predicted_{x}" if x in names else x for x in added)]
     with _replacing(out_path) as file:
         delimiter = "\t" if out_path.suffix.lower() == ".tsv" else ","
         writer = csv.writer(file, delimiter=delimiter)
