@@ -1104,15 +1104,24 @@ def build_model(
 
 def _load_weights(checkpoint_dir: Path, config: dict, variables: dict) -> None:
     """Sets encoder and pooler from a checkpoint in Google's or Hugging Face's form."""
-    reader, stored = _open_checkpoint(checkpoint_dir)
+    path = checkpoint_dir / "model.safetensors"
+    if is_hugging_face := path.exists():
+        import safetensors
+
+        reader = safetensors.safe_open(path, framework="numpy")
+        keys = reader.keys()
+    elif path := next(checkpoint_dir.glob("*.ckpt*.index"), None):
+        reader = _tensorflow().train.load_checkpoint(str(path.with_suffix("")))
+        keys = reader.get_variable_to_shape_map()
+    else:
+        raise PretrainedError(f"{checkpoint_dir}: no .ckpt.index, model.safetensors")
+    stored = {_common_name(key): key for key in keys}
     for name in [name for name in variables if not name.startswith("classifier/")]:
         google, shape = _google_name(name, config), variables[name].shape
-        keys = (google, *_hugging_face_names(name, config))
-        key = next((key for key in keys if key in stored), None)
-        if key is None:
+        if (key := stored.get(_common_name(google))) is None:
             raise PretrainedError(f"{checkpoint_dir}: variable {google} is missing")
         array = np.asarray(reader.get_tensor(key), np.float32)
-        if key != google and name.endswith(("kernel", "projector")):
+        if is_hugging_face and name.endswith(("kernel", "projector")):
             array = array.T
         if array.shape != tuple(shape):
             words = f"variable {google} has shape {array.shape}, needed is {shape}"
@@ -1120,58 +1129,38 @@ def _load_weights(checkpoint_dir: Path, config: dict, variables: dict) -> None:
         variables[name].assign(array)
 
 
-def _open_checkpoint(checkpoint_dir: Path) -> tuple[Any, set[str]]:
-    """What has `get_tensor(name)`, and the names that it has."""
-    path = checkpoint_dir / "model.safetensors"
-    if path.exists():
-        import safetensors
-
-        reader = safetensors.safe_open(path, framework="numpy")
-        return reader, set(reader.keys())
-    path = next(checkpoint_dir.glob("*.ckpt*.index"), None)
-    if path is None:
-        raise PretrainedError(f"{checkpoint_dir}: no .ckpt.index, model.safetensors")
-    reader = _tensorflow().train.load_checkpoint(str(path.with_suffix("")))
-    return reader, set(reader.get_variable_to_shape_map())
-
-
 def _google_name(name: str, config: dict) -> str:
     """The name of a variable in Google's checkpoint."""
     import bert
 
-    if name.startswith("pooler/"):
-        return f"bert/{name}"
+    name = f"bert/{name}"  # both functions below give None for the pooler
     if config["model_type"] == "albert":
-        return bert.loader_albert.map_to_tfhub_albert_variable_name(f"bert/{name}")
-    return bert.loader.map_to_stock_variable_name(f"bert/{name}")
+        return bert.loader_albert.map_to_tfhub_albert_variable_name(name) or name
+    return bert.loader.map_to_stock_variable_name(name) or name
 
 
-# One replacement after the other turns bert-for-tf2's name into Hugging Face's.
-_HUGGING_FACE_NAMES = {
-    "bert": (("layer_", "layer/"), ("/intermediate/", "/intermediate/dense/")),
-    "albert": (
-        ("projector/projector", "projector/kernel"),
-        ("embeddings/word_embeddings_projector", "encoder/embedding_hidden_mapping_in"),
-        ("layer_shared", "albert_layer_groups/0/albert_layers/0"),
-        ("attention/self", "attention"),
-        ("attention/output", "attention"),
-        ("/intermediate/", "/ffn/"),
-        ("/output/dense", "/ffn_output"),
-        ("/output/LayerNorm", "/full_layer_layer_norm"),
-        ("pooler/dense", "pooler"),
-    ),
-}
+# One replacement after the other makes Google's names and Hugging Face's the same.
+_COMMON_NAMES = (
+    (r"/", "."),
+    (r"^(al)?bert\.", ""),
+    (r"(kernel|gamma)$", "weight"),  # gamma and beta: Hugging Face's too, of 2019
+    (r"beta$", "bias"),
+    (r"_embeddings\.weight$", "_embeddings"),
+    (r"pooler\.dense", "pooler"),
+    (r"encoder\.layer_", "encoder.layer."),
+    (r"transformer\.group_0\.inner_group_0", "albert_layer_groups.0.albert_layers.0"),
+    (r"0\.LayerNorm\.", "0.attention.LayerNorm."),
+    (r"LayerNorm_1", "full_layer_layer_norm"),
+    (r"attention_1\.(self|output)", "attention"),
+    (r"ffn_1\.intermediate\.output\.dense", "ffn_output"),
+    (r"ffn_1\.intermediate\.dense", "ffn"),
+)
 
 
-def _hugging_face_names(name: str, config: dict) -> list[str]:
-    """The names a variable may have in model.safetensors, with or without a prefix."""
-    model_type = config["model_type"]
-    name = name.replace("embeddings/embeddings", "embeddings/kernel")
-    for ours, theirs in _HUGGING_FACE_NAMES[model_type]:
-        name = name.replace(ours, theirs)
-    old = name.replace("/", ".").replace(".kernel", ".weight")  # of 2019: gamma, beta
-    new = old.replace(".gamma", ".weight").replace(".beta", ".bias")
-    return [prefix + key for key in (new, old) for prefix in ("", f"{model_type}.")]
+def _common_name(name: str) -> str:
+    for pattern, common in _COMMON_NAMES:
+        name = re.sub(pattern, common, name)
+    return name
 
 
 # === 7. Learning rate: learn_rate ===
