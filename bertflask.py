@@ -926,8 +926,7 @@ def read_config(checkpoint_dir: str | Path) -> dict:
     albert, act = "embedding_size" in raw, str(raw.get("hidden_act"))
     if path.name == "config.json":  # whose "gelu" is the exact form
         act = _GELU_NAMES.get(act, act)
-    least = dict.fromkeys(_CONFIG_SIZES.split(), 1)
-    least |= {"embedding_size": 1} if albert else {}
+    least = dict.fromkeys(_CONFIG_SIZES.split() + ["embedding_size"] * albert, 1)
     least |= dict.fromkeys(_CONFIG_RATES.split(), 0.0)
     groups = ("num_hidden_groups", "inner_group_num")  # of ALBERT's layers
     wrong = [key for key in groups if raw.get(key, 1) != 1]
@@ -949,21 +948,18 @@ def read_config(checkpoint_dir: str | Path) -> dict:
 class Model:
     """A BERT or ALBERT encoder with its pooler and a classification head.
 
-    The mathematics is that of bert-for-tf2's BertModelLayer with `mask_zero` and
-    segment 0, in one function for all batch sizes and lengths, without what only the
-    other tokens' last layer needs. LayerNorm, softmax and logits are in float32.
-    Methods take token ids [n, length], where 0 pads, and give float32 tensors.
-
-    Letters in comments: B texts, L tokens, H hidden size, A heads, D = H / A.
+    It computes what bert-for-tf2's BertModelLayer does with `mask_zero` and segment 0,
+    for any batch size and length, without what only the other tokens' last layer needs.
+    LayerNorm, softmax and logits are in float32. Methods take token ids [n, length],
+    where 0 pads, and give float32 tensors.
+    Letters below: B texts, L tokens, H hidden size, A heads, D = H / A.
     """
 
     config: dict  # as read_config gives it
     variables: dict  # under bert-for-tf2's names without "bert/"
     precision: str = "float32"  # of matrix products
     seed: Any = None  # int32 [2]: one pass with dropout, the same for the same seed
-
-    def __post_init__(self) -> None:
-        self.tf, self.n_dropouts = _tensorflow(), 0
+    tf = property(lambda _: _tensorflow())
 
     def weights(self) -> dict[str, np.ndarray]:
         """A copy of all variables."""
@@ -978,13 +974,12 @@ class Model:
         """The last layer's output at [CLS], [n, hidden]."""
         tf, n_layers = self.tf, self.config["num_hidden_layers"]
         ids = tf.cast(token_ids, tf.int32)
-        shape = tf.shape(ids)
         mask = -10000.0 * tf.cast(ids == 0, tf.float32)[:, None, None]  # [B, 1, 1, L]
         x = self._embed(ids)  # [B*L, H]
         names = [_layer_name(self.config, layer) for layer in range(n_layers)]
         for name in names[:-1]:
             x = self._layer(name, x, x, mask)
-        cls = tf.reshape(x, (shape[0], shape[1], -1))[:, 0]  # [B, H]
+        cls = x[:: tf.shape(ids)[1]]  # [B, H]
         return self._layer(names[-1], cls, x, mask)
 
     def pooled(self, token_ids: Any) -> Any:
@@ -1000,10 +995,9 @@ class Model:
     def _dropout(self, x: Any, rate: float) -> Any:
         if self.seed is None or not rate:
             return x
-        self.n_dropouts += 1  # every place in the model has its own noise
-        random = self.tf.random.experimental
-        seed = random.stateless_fold_in(self.seed, self.n_dropouts)
-        return self.tf.nn.experimental.stateless_dropout(x, rate, seed)
+        # every place in the model has its own noise
+        self.seed = self.tf.random.experimental.stateless_fold_in(self.seed, 1)
+        return self.tf.nn.experimental.stateless_dropout(x, rate, self.seed)
 
     def _dense(self, x: Any, name: str, kernel: str = "kernel") -> Any:
         tensors = [x, *(self.variables[f"{name}/{part}"] for part in (kernel, "bias"))]
@@ -1017,18 +1011,15 @@ class Model:
         return self.tf.nn.batch_normalization(x, mean, variance, beta, gamma, eps)
 
     def _embed(self, ids: Any) -> Any:
-        tf, config = self.tf, self.config
-        word, position, segment = (
-            self.variables[f"embeddings/{kind}_embeddings/embeddings"]
-            for kind in _EMBEDDINGS
-        )
+        tf = self.tf
+        names = (f"embeddings/{kind}_embeddings/embeddings" for kind in _EMBEDDINGS)
+        word, position, segment = map(self.variables.get, names)
         x = tf.gather(word, ids) + position[: tf.shape(ids)[1]] + segment[0]
         x = self._layer_norm(x, "embeddings/LayerNorm")  # [B, L, E]
-        x = self._dropout(x, config["hidden_dropout_prob"])
+        x = self._dropout(x, self.config["hidden_dropout_prob"])
         x = tf.reshape(x, (-1, x.shape[-1]))
-        if config["model_type"] == "bert":
-            return x
-        x = self._dense(x, "embeddings/word_embeddings_projector", "projector")
+        if self.config["model_type"] == "albert":
+            x = self._dense(x, "embeddings/word_embeddings_projector", "projector")
         return tf.cast(x, tf.float32)
 
     def _layer(self, name: str, x: Any, context: Any, mask: Any) -> Any:
@@ -1200,13 +1191,13 @@ _SCHEDULES = ("exponential", "constant")
 _PRECISIONS = ("float32", "bfloat16", "float16")
 
 
-def _parameter(default: Any, help: str, **metadata: Any) -> Any:
+def _parameter(default: Any, help: str, else_: Any = None, within=(), **choices) -> Any:
     """A field: `within` are bounds, `choices` an enum, `else_` what None stands for."""
-    return dataclasses.field(default=default, metadata={"help": help, **metadata})
+    metadata = {"help": help, "else_": else_, "within": within, **choices}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-def _optional(help: str, else_: Any, within: tuple | None = None) -> Any:
-    return _parameter(None, help, else_=else_, within=within)
+_optional = functools.partial(_parameter, None)
 
 
 @dataclass(frozen=True)
@@ -1246,11 +1237,10 @@ def _resolve(config: TrainConfig, checkpoint_dir: Path) -> TrainConfig:
 def _check_config(config: TrainConfig) -> None:
     for field in dataclasses.fields(config):
         name, value = field.name, getattr(config, field.name)
-        low, high = field.metadata.get("within") or (None, None)
-        choices = field.metadata.get("choices", (value,))
+        low, high = field.metadata["within"] or (None, None)
         if None not in (low, value) and not low <= value <= high:
             raise TrainingError(f"{name} is {value}; it must be from {low} to {high}")
-        if value not in choices:
+        if value not in (choices := field.metadata.get("choices", (value,))):
             raise TrainingError(f"{name} is {value!r}; use one of {choices}")
     low, high = config.min_learn_rate, config.max_learn_rate
     if None not in (low, high) and low > high:
@@ -1275,7 +1265,7 @@ class _AdamW:
     def __init__(self, variables: dict) -> None:
         tf, self.variables = _tensorflow(), variables
         self.moments = {
-            name: [tf.Variable(tf.zeros_like(v), trainable=False) for _ in range(2)]
+            name: [tf.Variable(tf.zeros_like(v)) for _ in range(2)]
             for name, v in variables.items()
         }
 
@@ -1320,14 +1310,13 @@ def _train_step(model: Model, seed: int) -> Callable:
         right = tf.argmax(logits, -1, tf.int32) == label_ids
         return loss, tf.reduce_mean(tf.cast(right, tf.float32))
 
-    spec, number = tf.TensorSpec, tf.int32
-    signature = [spec((None, None), number), spec((None,), number), spec((), number)]
-    signature.append(spec((), tf.float32))
+    shapes = ((None, None), (None,), ())
+    signature = [tf.TensorSpec(shape, tf.int32) for shape in shapes]
+    signature.append(tf.TensorSpec((), tf.float32))
     return tf.function(train_step, signature, autograph=False)
 
 
-@dataclass(frozen=True)
-class _Rows:
+class _Rows(typing.NamedTuple):
     """Encoded examples: token ids of each text and its label's number."""
 
     token_ids: list[np.ndarray]
@@ -1372,8 +1361,7 @@ class _Trainer:
                 figures = self._train_batch(token_ids, rows.label_ids[batch])
                 bar.update(len(batch))
                 sums += len(batch) * np.array(figures)
-                loss, accuracy = sums / bar.n
-                bar.set_postfix(loss=loss, accuracy=accuracy)
+                bar.set_postfix(zip(("loss", "accuracy"), sums / bar.n))
 
     def _train_batch(self, token_ids: np.ndarray, label_ids: np.ndarray) -> tuple:
         rate = self._learn_rate()
@@ -1387,10 +1375,8 @@ class _Trainer:
         return loss, accuracy
 
     def _learn_rate(self) -> float:
-        config = self.config
-        low, high = config.min_learn_rate, config.max_learn_rate
-        if config.schedule == "constant":
-            return high
+        config, high = self.config, self.config.max_learn_rate
+        low = high if config.schedule == "constant" else config.min_learn_rate
         n_steps = config.n_epochs * -(-self.n_rows // config.batch_size)
         return learn_rate(self.step, n_steps, high, low, config.warmup_proportion)
 
@@ -1421,9 +1407,8 @@ class _Trainer:
 
 
 def _cross_entropy(logits: np.ndarray, label_ids: np.ndarray) -> float:
-    logits = logits - logits.max(-1, keepdims=True)
-    log_sum = np.log(np.exp(logits, dtype=np.float64).sum(-1))
-    return float(np.mean(log_sum - logits[np.arange(len(label_ids)), label_ids]))
+    cross_entropy = _tensorflow().nn.sparse_softmax_cross_entropy_with_logits
+    return float(np.mean(cross_entropy(label_ids, logits.astype(np.float64))))
 
 
 # === 9. Evaluation: evaluate_predictions, plot_confusion_matrix ===
@@ -1444,12 +1429,9 @@ def evaluate_predictions(
     )
     names = ("precision", "recall", "f1", "support")
     rows = [dict(zip(names, map(float, row))) for row in zip(*table)]
-    return {
-        "accuracy": float(np.mean(np.array(true_labels) == np.array(predicted_labels))),
-        "macro_f1": float(np.mean(table[2])),
-        "n": len(true_labels),
-        "per_label": dict(zip(labels, rows)),
-    }
+    accuracy = float(np.mean(np.array(true_labels) == np.array(predicted_labels)))
+    whole = {"accuracy": accuracy, "macro_f1": float(np.mean(table[2]))}
+    return {**whole, "n": len(true_labels), "per_label": dict(zip(labels, rows))}
 
 
 def plot_confusion_matrix(
