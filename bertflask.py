@@ -894,14 +894,12 @@ def _tensorflow() -> Any:
     os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     kept = os.dup(2)  # TensorFlow's C++ writes a page before it reads its log level
-    with open(os.devnull, "wb") as null:
+    with open(os.devnull, "wb") as null, contextlib.ExitStack() as after:
+        after.callback(os.close, kept)
+        after.callback(os.dup2, kept, 2)
         os.dup2(null.fileno(), 2)
-    try:
         import tensorflow as tf
         import tf_keras
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
     if tf.keras.layers.Layer is not tf_keras.layers.Layer:
         words = "tensorflow runs with Keras 3 already, but bert-for-tf2 needs Keras 2"
         raise PretrainedError(f"{words}: set TF_USE_LEGACY_KERAS=1 before that import")
@@ -918,9 +916,8 @@ def read_config(checkpoint_dir: str | Path) -> dict:
     Added are `model_type` ("bert", "albert") and `layer_norm_eps`; `hidden_act` is
     "gelu" (tanh form), "gelu_exact" or "relu". Raises PretrainedError.
     """
-    paths = [Path(checkpoint_dir) / name for name in _CONFIG_NAMES]
-    path = next((path for path in paths if path.is_file()), None)
-    if path is None:
+    paths = [Path(checkpoint_dir, name) for name in _CONFIG_NAMES]
+    if not (path := next(filter(Path.is_file, paths), None)):
         raise PretrainedError(f"{checkpoint_dir}: no {' or '.join(_CONFIG_NAMES)}")
     raw = _read_object(path)
     albert, act = "embedding_size" in raw, str(raw.get("hidden_act"))
@@ -976,11 +973,10 @@ class Model:
         ids = tf.cast(token_ids, tf.int32)
         mask = -10000.0 * tf.cast(ids == 0, tf.float32)[:, None, None]  # [B, 1, 1, L]
         x = self._embed(ids)  # [B*L, H]
-        names = [_layer_name(self.config, layer) for layer in range(n_layers)]
-        for name in names[:-1]:
+        *names, last = (_layer_name(self.config, layer) for layer in range(n_layers))
+        for name in names:
             x = self._layer(name, x, x, mask)
-        cls = x[:: tf.shape(ids)[1]]  # [B, H]
-        return self._layer(names[-1], cls, x, mask)
+        return self._layer(last, x[:: tf.shape(ids)[1]], x, mask)  # [B, H]
 
     def pooled(self, token_ids: Any) -> Any:
         """Tanh pooler on `encode_cls`, [n, hidden]."""
@@ -1068,9 +1064,9 @@ def build_model(
 ) -> Model:
     """The model of a checkpoint folder with a new head for `n_labels` labels.
 
-    Encoder and pooler come from the checkpoint (`load_weights`), the rest is drawn by
-    `seed`. Raises PretrainedError for a configuration that does not work and for a
-    variable that is missing or has another shape.
+    Encoder and pooler come from the checkpoint (`load_weights`), the rest from `seed`.
+    Raises PretrainedError for a configuration that does not work and for a variable
+    that is missing or has another shape.
     """
     tf, config = _tensorflow(), read_config(checkpoint_dir)
     import bert
@@ -1224,8 +1220,7 @@ class TrainConfig:
 
 def _resolve(config: TrainConfig, checkpoint_dir: Path) -> TrainConfig:
     """`config` with numbers: as given, else recommended for the model, else default."""
-    row = PRETRAINED.get(checkpoint_dir.name)
-    recommended = row.recommended if row else {}
+    recommended = getattr(PRETRAINED.get(checkpoint_dir.name), "recommended", {})
     values = {
         field.name: recommended.get(field.name, field.metadata["else_"])
         for field in dataclasses.fields(config)
@@ -1296,8 +1291,7 @@ def _train_step(model: Model, seed: int) -> Callable:
             logits = noisy.logits(token_ids)
             losses = tf.nn.sparse_softmax_cross_entropy_with_logits(label_ids, logits)
             loss = tf.reduce_mean(losses)
-            scaled = loss * scale
-        gradients = tape.gradient(scaled, list(model.variables.values()))
+        gradients = tape.gradient(loss, list(model.variables.values()), scale)
         gradients = [tf.convert_to_tensor(gradient) / scale for gradient in gradients]
         gradients, norm = tf.clip_by_global_norm(gradients, CLIP_NORM)
         if half:  # a step that overflowed is left out, and the loss scaled down
@@ -1305,15 +1299,13 @@ def _train_step(model: Model, seed: int) -> Callable:
             gradients = [tf.where(fine, gradient, 0.0) for gradient in gradients]
             scale.assign(tf.where(fine, tf.minimum(scale * 1.0005, 2.0**24), scale / 2))
             learn_rate = tf.where(fine, learn_rate, 0.0)
-        named = dict(zip(model.variables, gradients, strict=True))
-        optimizer.apply(named, step, learn_rate)
+        optimizer.apply(dict(zip(model.variables, gradients)), step, learn_rate)
         right = tf.argmax(logits, -1, tf.int32) == label_ids
         return loss, tf.reduce_mean(tf.cast(right, tf.float32))
 
     shapes = ((None, None), (None,), ())
     signature = [tf.TensorSpec(shape, tf.int32) for shape in shapes]
-    signature.append(tf.TensorSpec((), tf.float32))
-    return tf.function(train_step, signature, autograph=False)
+    return tf.function(train_step, [*signature, tf.TensorSpec(())], autograph=False)
 
 
 class _Rows(typing.NamedTuple):
@@ -1393,12 +1385,9 @@ class _Trainer:
 
     def predict(self, token_ids: list[np.ndarray]) -> np.ndarray:
         """Logits of encoded texts, [n, n_labels]."""
-        n_labels = self.model.variables["classifier/bias"].shape[0]
-        logits = np.empty((len(token_ids), n_labels), np.float32)
-        lengths = [len(ids) for ids in token_ids]
-        for rows in batches_by_tokens(lengths, _EVALUATION_TOKENS):
-            logits[rows] = self.logits(pad([token_ids[row] for row in rows]))
-        return logits
+        batches = batches_by_tokens([len(ids) for ids in token_ids], _EVALUATION_TOKENS)
+        parts = [self.logits(pad([token_ids[row] for row in rows])) for rows in batches]
+        return np.concatenate(parts)[np.argsort(np.concatenate(batches))]
 
     def _write(self, part: str, **scalars: float) -> None:
         with self.writers[part].as_default(step=self.step):
@@ -1445,10 +1434,9 @@ def plot_confusion_matrix(
     counts = confusion_matrix(true_labels, predicted_labels, labels=labels)
     shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     size = min(4 + 0.5 * len(labels), 60)  # inches
-    figure = Figure((size + 2, size), dpi=100, layout="constrained")
-    axes = figure.subplots()
+    axes = Figure((size + 2, size), dpi=100, layout="constrained").subplots()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
-    figure.colorbar(image, label="per cent of the true label", fraction=0.04)
+    axes.figure.colorbar(image, label="per cent of the true label", fraction=0.04)
     # "$" would start a formula
     names = [" ".join(label.split())[:40].replace("$", r"\$") for label in labels]
     axes.set_xticks(range(len(labels)), names, rotation=90)
@@ -1459,7 +1447,7 @@ def plot_confusion_matrix(
         look = {"color": "white" if share > 50 else "black", "fontsize": 7}
         note = f"{share:.0f} %\n{counts[row, column]}"
         axes.text(column, row, note, ha="center", va="center", **look)
-    figure.savefig(path)
+    axes.figure.savefig(path)
 
 
 # === 10. Artifact: onnx_model, train, find_run ===
