@@ -919,7 +919,7 @@ def read_config(checkpoint_dir: str | Path) -> dict:
     paths = [Path(checkpoint_dir, name) for name in _CONFIG_NAMES]
     if not (path := next(filter(Path.is_file, paths), None)):
         raise PretrainedError(f"{checkpoint_dir}: no {' or '.join(_CONFIG_NAMES)}")
-    raw = _read_object(path)
+    raw = {"layer_norm_eps": 1e-12, **_read_object(path)}
     albert, act = "embedding_size" in raw, str(raw.get("hidden_act"))
     if path.name == "config.json":  # whose "gelu" is the exact form
         act = _GELU_NAMES.get(act, act)
@@ -936,9 +936,8 @@ def read_config(checkpoint_dir: str | Path) -> dict:
     if wrong:
         found = ", ".join(f"{key} {raw.get(key)!r}" for key in wrong)
         raise PretrainedError(f"{path}: {found} does not work; take another model")
-    eps, model_type = raw.get("layer_norm_eps", 1e-12), "albert" if albert else "bert"
-    added = {"layer_norm_eps": eps, "model_type": model_type, "hidden_act": act}
-    return {key: raw[key] for key in least} | added
+    added = {"model_type": "albert" if albert else "bert", "hidden_act": act}
+    return {key: raw[key] for key in (*least, "layer_norm_eps")} | added
 
 
 @dataclass(eq=False)
@@ -976,7 +975,7 @@ class Model:
         *names, last = (_layer_name(self.config, layer) for layer in range(n_layers))
         for name in names:
             x = self._layer(name, x, x, mask)
-        return self._layer(last, x[:: tf.shape(ids)[1]], x, mask)  # [B, H]
+        return self._layer(last, x[:: tf.shape(ids)[1]], x, mask)  # [B, H], [CLS] alone
 
     def pooled(self, token_ids: Any) -> Any:
         """Tanh pooler on `encode_cls`, [n, hidden]."""
@@ -1303,8 +1302,7 @@ def _train_step(model: Model, seed: int) -> Callable:
         right = tf.argmax(logits, -1, tf.int32) == label_ids
         return loss, tf.reduce_mean(tf.cast(right, tf.float32))
 
-    shapes = ((None, None), (None,), ())
-    signature = [tf.TensorSpec(shape, tf.int32) for shape in shapes]
+    signature = [tf.TensorSpec(s, tf.int32) for s in ((None, None), (None,), ())]
     return tf.function(train_step, [*signature, tf.TensorSpec(())], autograph=False)
 
 
