@@ -857,14 +857,12 @@ def _tensorflow() -> Any:
     os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     kept = os.dup(2)  # TensorFlow's C++ writes a page before it reads its log level
-    with open(os.devnull, "wb") as null:
+    with open(os.devnull, "wb") as null, contextlib.ExitStack() as after:
+        after.callback(os.close, kept)
+        after.callback(os.dup2, kept, 2)
         os.dup2(null.fileno(), 2)
-    try:
         import tensorflow as tf
         import tf_keras
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
     if tf.keras.layers.Layer is not tf_keras.layers.Layer:
         words = "tensorflow runs with Keras 3 already, but bert-for-tf2 needs Keras 2"
         raise PretrainedError(f"{words}: set TF_USE_LEGACY_KERAS=1 before that import")
@@ -881,16 +879,14 @@ def read_config(checkpoint_dir: str | Path) -> dict:
     Added are `model_type` ("bert", "albert") and `layer_norm_eps`; `hidden_act` is
     "gelu" (tanh form), "gelu_exact" or "relu". Raises PretrainedError.
     """
-    paths = [Path(checkpoint_dir) / name for name in _CONFIG_NAMES]
-    path = next((path for path in paths if path.is_file()), None)
-    if path is None:
+    paths = [Path(checkpoint_dir, name) for name in _CONFIG_NAMES]
+    if not (path := next(filter(Path.is_file, paths), None)):
         raise PretrainedError(f"{checkpoint_dir}: no {' or '.join(_CONFIG_NAMES)}")
-    raw = _read_object(path)
+    raw = {"layer_norm_eps": 1e-12, **_read_object(path)}
     albert, act = "embedding_size" in raw, str(raw.get("hidden_act"))
     if path.name == "config.json":  # whose "gelu" is the exact form
         act = _GELU_NAMES.get(act, act)
-    least = dict.fromkeys(_CONFIG_SIZES.split(), 1)
-    least |= {"embedding_size": 1} if albert else {}
+    least = dict.fromkeys(_CONFIG_SIZES.split() + ["embedding_size"] * albert, 1)
     least |= dict.fromkeys(_CONFIG_RATES.split(), 0.0)
     groups = ("num_hidden_groups", "inner_group_num")  # of ALBERT's layers
     wrong = [key for key in groups if raw.get(key, 1) != 1]
@@ -903,30 +899,26 @@ def read_config(checkpoint_dir: str | Path) -> dict:
     if wrong:
         found = ", ".join(f"{key} {raw.get(key)!r}" for key in wrong)
         raise PretrainedError(f"{path}: {found} does not work; take another model")
-    eps, model_type = raw.get("layer_norm_eps", 1e-12), "albert" if albert else "bert"
-    added = {"layer_norm_eps": eps, "model_type": model_type, "hidden_act": act}
-    return {key: raw[key] for key in least} | added
+    added = {"model_type": "albert" if albert else "bert", "hidden_act": act}
+    return {key: raw[key] for key in (*least, "layer_norm_eps")} | added
 
 
 @dataclass(eq=False)
 class Model:
     """A BERT or ALBERT encoder with its pooler and a classification head.
 
-    The mathematics is that of bert-for-tf2's BertModelLayer with `mask_zero` and
-    segment 0, in one function for all batch sizes and lengths, without what only the
-    other tokens' last layer needs. LayerNorm, softmax and logits are in float32.
-    Methods take token ids [n, length], where 0 pads, and give float32 tensors.
-
-    Letters in comments: B texts, L tokens, H hidden size, A heads, D = H / A.
+    It computes what bert-for-tf2's BertModelLayer does with `mask_zero` and segment 0,
+    for any batch size and length, without what only the other tokens' last layer needs.
+    LayerNorm, softmax and logits are in float32. Methods take token ids [n, length],
+    where 0 pads, and give float32 tensors.
+    Letters below: B texts, L tokens, H hidden size, A heads, D = H / A.
     """
 
     config: dict  # as read_config gives it
     variables: dict  # under bert-for-tf2's names without "bert/"
     precision: str = "float32"  # of matrix products
     seed: Any = None  # int32 [2]: one pass with dropout, the same for the same seed
-
-    def __post_init__(self) -> None:
-        self.tf, self.n_dropouts = _tensorflow(), 0
+    tf = property(lambda _: _tensorflow())
 
     def weights(self) -> dict[str, np.ndarray]:
         """A copy of all variables."""
@@ -941,14 +933,12 @@ class Model:
         """The last layer's output at [CLS], [n, hidden]."""
         tf, n_layers = self.tf, self.config["num_hidden_layers"]
         ids = tf.cast(token_ids, tf.int32)
-        shape = tf.shape(ids)
         mask = -10000.0 * tf.cast(ids == 0, tf.float32)[:, None, None]  # [B, 1, 1, L]
         x = self._embed(ids)  # [B*L, H]
-        names = [_layer_name(self.config, layer) for layer in range(n_layers)]
-        for name in names[:-1]:
+        *names, last = (_layer_name(self.config, layer) for layer in range(n_layers))
+        for name in names:
             x = self._layer(name, x, x, mask)
-        cls = tf.reshape(x, (shape[0], shape[1], -1))[:, 0]  # [B, H]
-        return self._layer(names[-1], cls, x, mask)
+        return self._layer(last, x[:: tf.shape(ids)[1]], x, mask)  # [B, H], [CLS] alone
 
     def pooled(self, token_ids: Any) -> Any:
         """Tanh pooler on `encode_cls`, [n, hidden]."""
@@ -963,10 +953,9 @@ class Model:
     def _dropout(self, x: Any, rate: float) -> Any:
         if self.seed is None or not rate:
             return x
-        self.n_dropouts += 1  # every place in the model has its own noise
-        random = self.tf.random.experimental
-        seed = random.stateless_fold_in(self.seed, self.n_dropouts)
-        return self.tf.nn.experimental.stateless_dropout(x, rate, seed)
+        # every place in the model has its own noise
+        self.seed = self.tf.random.experimental.stateless_fold_in(self.seed, 1)
+        return self.tf.nn.experimental.stateless_dropout(x, rate, self.seed)
 
     def _dense(self, x: Any, name: str, kernel: str = "kernel") -> Any:
         tensors = [x, *(self.variables[f"{name}/{part}"] for part in (kernel, "bias"))]
@@ -980,18 +969,15 @@ class Model:
         return self.tf.nn.batch_normalization(x, mean, variance, beta, gamma, eps)
 
     def _embed(self, ids: Any) -> Any:
-        tf, config = self.tf, self.config
-        word, position, segment = (
-            self.variables[f"embeddings/{kind}_embeddings/embeddings"]
-            for kind in _EMBEDDINGS
-        )
+        tf = self.tf
+        names = (f"embeddings/{kind}_embeddings/embeddings" for kind in _EMBEDDINGS)
+        word, position, segment = map(self.variables.get, names)
         x = tf.gather(word, ids) + position[: tf.shape(ids)[1]] + segment[0]
         x = self._layer_norm(x, "embeddings/LayerNorm")  # [B, L, E]
-        x = self._dropout(x, config["hidden_dropout_prob"])
+        x = self._dropout(x, self.config["hidden_dropout_prob"])
         x = tf.reshape(x, (-1, x.shape[-1]))
-        if config["model_type"] == "bert":
-            return x
-        x = self._dense(x, "embeddings/word_embeddings_projector", "projector")
+        if self.config["model_type"] == "albert":
+            x = self._dense(x, "embeddings/word_embeddings_projector", "projector")
         return tf.cast(x, tf.float32)
 
     def _layer(self, name: str, x: Any, context: Any, mask: Any) -> Any:
@@ -1040,9 +1026,9 @@ def build_model(
 ) -> Model:
     """The model of a checkpoint folder with a new head for `n_labels` labels.
 
-    Encoder and pooler come from the checkpoint (`load_weights`), the rest is drawn by
-    `seed`. Raises PretrainedError for a configuration that does not work and for a
-    variable that is missing or has another shape.
+    Encoder and pooler come from the checkpoint (`load_weights`), the rest from `seed`.
+    Raises PretrainedError for a configuration that does not work and for a variable
+    that is missing or has another shape.
     """
     tf, config = _tensorflow(), read_config(checkpoint_dir)
     import bert
@@ -1067,15 +1053,24 @@ def build_model(
 
 def _load_weights(checkpoint_dir: Path, config: dict, variables: dict) -> None:
     """Sets encoder and pooler from a checkpoint in Google's or Hugging Face's form."""
-    reader, stored = _open_checkpoint(checkpoint_dir)
+    path = checkpoint_dir / "model.safetensors"
+    if is_hugging_face := path.exists():
+        import safetensors
+
+        reader = safetensors.safe_open(path, framework="numpy")
+        keys = reader.keys()
+    elif path := next(checkpoint_dir.glob("*.ckpt*.index"), None):
+        reader = _tensorflow().train.load_checkpoint(str(path.with_suffix("")))
+        keys = reader.get_variable_to_shape_map()
+    else:
+        raise PretrainedError(f"{checkpoint_dir}: no .ckpt.index, model.safetensors")
+    stored = {_common_name(key): key for key in keys}
     for name in [name for name in variables if not name.startswith("classifier/")]:
         google, shape = _google_name(name, config), variables[name].shape
-        keys = (google, *_hugging_face_names(name, config))
-        key = next((key for key in keys if key in stored), None)
-        if key is None:
+        if (key := stored.get(_common_name(google))) is None:
             raise PretrainedError(f"{checkpoint_dir}: variable {google} is missing")
         array = np.asarray(reader.get_tensor(key), np.float32)
-        if key != google and name.endswith(("kernel", "projector")):
+        if is_hugging_face and name.endswith(("kernel", "projector")):
             array = array.T
         if array.shape != tuple(shape):
             words = f"variable {google} has shape {array.shape}, needed is {shape}"
@@ -1083,58 +1078,38 @@ def _load_weights(checkpoint_dir: Path, config: dict, variables: dict) -> None:
         variables[name].assign(array)
 
 
-def _open_checkpoint(checkpoint_dir: Path) -> tuple[Any, set[str]]:
-    """What has `get_tensor(name)`, and the names that it has."""
-    path = checkpoint_dir / "model.safetensors"
-    if path.exists():
-        import safetensors
-
-        reader = safetensors.safe_open(path, framework="numpy")
-        return reader, set(reader.keys())
-    path = next(checkpoint_dir.glob("*.ckpt*.index"), None)
-    if path is None:
-        raise PretrainedError(f"{checkpoint_dir}: no .ckpt.index, model.safetensors")
-    reader = _tensorflow().train.load_checkpoint(str(path.with_suffix("")))
-    return reader, set(reader.get_variable_to_shape_map())
-
-
 def _google_name(name: str, config: dict) -> str:
     """The name of a variable in Google's checkpoint."""
     import bert
 
-    if name.startswith("pooler/"):
-        return f"bert/{name}"
+    name = f"bert/{name}"  # both functions below give None for the pooler
     if config["model_type"] == "albert":
-        return bert.loader_albert.map_to_tfhub_albert_variable_name(f"bert/{name}")
-    return bert.loader.map_to_stock_variable_name(f"bert/{name}")
+        return bert.loader_albert.map_to_tfhub_albert_variable_name(name) or name
+    return bert.loader.map_to_stock_variable_name(name) or name
 
 
-# One replacement after the other turns bert-for-tf2's name into Hugging Face's.
-_HUGGING_FACE_NAMES = {
-    "bert": (("layer_", "layer/"), ("/intermediate/", "/intermediate/dense/")),
-    "albert": (
-        ("projector/projector", "projector/kernel"),
-        ("embeddings/word_embeddings_projector", "encoder/embedding_hidden_mapping_in"),
-        ("layer_shared", "albert_layer_groups/0/albert_layers/0"),
-        ("attention/self", "attention"),
-        ("attention/output", "attention"),
-        ("/intermediate/", "/ffn/"),
-        ("/output/dense", "/ffn_output"),
-        ("/output/LayerNorm", "/full_layer_layer_norm"),
-        ("pooler/dense", "pooler"),
-    ),
-}
+# One replacement after the other makes Google's names and Hugging Face's the same.
+_COMMON_NAMES = (
+    (r"/", "."),
+    (r"^(al)?bert\.", ""),
+    (r"(kernel|gamma)$", "weight"),  # gamma and beta: Hugging Face's too, of 2019
+    (r"beta$", "bias"),
+    (r"_embeddings\.weight$", "_embeddings"),
+    (r"pooler\.dense", "pooler"),
+    (r"encoder\.layer_", "encoder.layer."),
+    (r"transformer\.group_0\.inner_group_0", "albert_layer_groups.0.albert_layers.0"),
+    (r"0\.LayerNorm\.", "0.attention.LayerNorm."),
+    (r"LayerNorm_1", "full_layer_layer_norm"),
+    (r"attention_1\.(self|output)", "attention"),
+    (r"ffn_1\.intermediate\.output\.dense", "ffn_output"),
+    (r"ffn_1\.intermediate\.dense", "ffn"),
+)
 
 
-def _hugging_face_names(name: str, config: dict) -> list[str]:
-    """The names a variable may have in model.safetensors, with or without a prefix."""
-    model_type = config["model_type"]
-    name = name.replace("embeddings/embeddings", "embeddings/kernel")
-    for ours, theirs in _HUGGING_FACE_NAMES[model_type]:
-        name = name.replace(ours, theirs)
-    old = name.replace("/", ".").replace(".kernel", ".weight")  # of 2019: gamma, beta
-    new = old.replace(".gamma", ".weight").replace(".beta", ".bias")
-    return [prefix + key for key in (new, old) for prefix in ("", f"{model_type}.")]
+def _common_name(name: str) -> str:
+    for pattern, common in _COMMON_NAMES:
+        name = re.sub(pattern, common, name)
+    return name
 
 
 # === 7. Learning rate: learn_rate ===
@@ -1174,13 +1149,13 @@ _SCHEDULES = ("exponential", "constant")
 _PRECISIONS = ("float32", "bfloat16", "float16")
 
 
-def _parameter(default: Any, help: str, **metadata: Any) -> Any:
+def _parameter(default: Any, help: str, else_: Any = None, within=(), **choices) -> Any:
     """A field: `within` are bounds, `choices` an enum, `else_` what None stands for."""
-    return dataclasses.field(default=default, metadata={"help": help, **metadata})
+    metadata = {"help": help, "else_": else_, "within": within, **choices}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-def _optional(help: str, else_: Any, within: tuple | None = None) -> Any:
-    return _parameter(None, help, else_=else_, within=within)
+_optional = functools.partial(_parameter, None)
 
 
 @dataclass(frozen=True)
@@ -1207,8 +1182,7 @@ class TrainConfig:
 
 def _resolve(config: TrainConfig, checkpoint_dir: Path) -> TrainConfig:
     """`config` with numbers: as given, else recommended for the model, else default."""
-    row = PRETRAINED.get(checkpoint_dir.name)
-    recommended = row.recommended if row else {}
+    recommended = getattr(PRETRAINED.get(checkpoint_dir.name), "recommended", {})
     values = {
         field.name: recommended.get(field.name, field.metadata["else_"])
         for field in dataclasses.fields(config)
@@ -1220,11 +1194,10 @@ def _resolve(config: TrainConfig, checkpoint_dir: Path) -> TrainConfig:
 def _check_config(config: TrainConfig) -> None:
     for field in dataclasses.fields(config):
         name, value = field.name, getattr(config, field.name)
-        low, high = field.metadata.get("within") or (None, None)
-        choices = field.metadata.get("choices", (value,))
+        low, high = field.metadata["within"] or (None, None)
         if None not in (low, value) and not low <= value <= high:
             raise TrainingError(f"{name} is {value}; it must be from {low} to {high}")
-        if value not in choices:
+        if value not in (choices := field.metadata.get("choices", (value,))):
             raise TrainingError(f"{name} is {value!r}; use one of {choices}")
     low, high = config.min_learn_rate, config.max_learn_rate
     if None not in (low, high) and low > high:
@@ -1249,7 +1222,7 @@ class _AdamW:
     def __init__(self, variables: dict) -> None:
         tf, self.variables = _tensorflow(), variables
         self.moments = {
-            name: [tf.Variable(tf.zeros_like(v), trainable=False) for _ in range(2)]
+            name: [tf.Variable(tf.zeros_like(v)) for _ in range(2)]
             for name, v in variables.items()
         }
 
@@ -1280,8 +1253,7 @@ def _train_step(model: Model, seed: int) -> Callable:
             logits = noisy.logits(token_ids)
             losses = tf.nn.sparse_softmax_cross_entropy_with_logits(label_ids, logits)
             loss = tf.reduce_mean(losses)
-            scaled = loss * scale
-        gradients = tape.gradient(scaled, list(model.variables.values()))
+        gradients = tape.gradient(loss, list(model.variables.values()), scale)
         gradients = [tf.convert_to_tensor(gradient) / scale for gradient in gradients]
         gradients, norm = tf.clip_by_global_norm(gradients, CLIP_NORM)
         if half:  # a step that overflowed is left out, and the loss scaled down
@@ -1289,19 +1261,15 @@ def _train_step(model: Model, seed: int) -> Callable:
             gradients = [tf.where(fine, gradient, 0.0) for gradient in gradients]
             scale.assign(tf.where(fine, tf.minimum(scale * 1.0005, 2.0**24), scale / 2))
             learn_rate = tf.where(fine, learn_rate, 0.0)
-        named = dict(zip(model.variables, gradients, strict=True))
-        optimizer.apply(named, step, learn_rate)
+        optimizer.apply(dict(zip(model.variables, gradients)), step, learn_rate)
         right = tf.argmax(logits, -1, tf.int32) == label_ids
         return loss, tf.reduce_mean(tf.cast(right, tf.float32))
 
-    spec, number = tf.TensorSpec, tf.int32
-    signature = [spec((None, None), number), spec((None,), number), spec((), number)]
-    signature.append(spec((), tf.float32))
-    return tf.function(train_step, signature, autograph=False)
+    signature = [tf.TensorSpec(s, tf.int32) for s in ((None, None), (None,), ())]
+    return tf.function(train_step, [*signature, tf.TensorSpec(())], autograph=False)
 
 
-@dataclass(frozen=True)
-class _Rows:
+class _Rows(typing.NamedTuple):
     """Encoded examples: token ids of each text and its label's number."""
 
     token_ids: list[np.ndarray]
@@ -1346,8 +1314,7 @@ class _Trainer:
                 figures = self._train_batch(token_ids, rows.label_ids[batch])
                 bar.update(len(batch))
                 sums += len(batch) * np.array(figures)
-                loss, accuracy = sums / bar.n
-                bar.set_postfix(loss=loss, accuracy=accuracy)
+                bar.set_postfix(zip(("loss", "accuracy"), sums / bar.n))
 
     def _train_batch(self, token_ids: np.ndarray, label_ids: np.ndarray) -> tuple:
         rate = self._learn_rate()
@@ -1361,10 +1328,8 @@ class _Trainer:
         return loss, accuracy
 
     def _learn_rate(self) -> float:
-        config = self.config
-        low, high = config.min_learn_rate, config.max_learn_rate
-        if config.schedule == "constant":
-            return high
+        config, high = self.config, self.config.max_learn_rate
+        low = high if config.schedule == "constant" else config.min_learn_rate
         n_steps = config.n_epochs * -(-self.n_rows // config.batch_size)
         return learn_rate(self.step, n_steps, high, low, config.warmup_proportion)
 
@@ -1381,12 +1346,9 @@ class _Trainer:
 
     def predict(self, token_ids: list[np.ndarray]) -> np.ndarray:
         """Logits of encoded texts, [n, n_labels]."""
-        n_labels = self.model.variables["classifier/bias"].shape[0]
-        logits = np.empty((len(token_ids), n_labels), np.float32)
-        lengths = [len(ids) for ids in token_ids]
-        for rows in batches_by_tokens(lengths, _EVALUATION_TOKENS):
-            logits[rows] = self.logits(pad([token_ids[row] for row in rows]))
-        return logits
+        batches = batches_by_tokens([len(ids) for ids in token_ids], _EVALUATION_TOKENS)
+        parts = [self.logits(pad([token_ids[row] for row in rows])) for rows in batches]
+        return np.concatenate(parts)[np.argsort(np.concatenate(batches))]
 
     def _write(self, part: str, **scalars: float) -> None:
         with self.writers[part].as_default(step=self.step):
@@ -1395,9 +1357,8 @@ class _Trainer:
 
 
 def _cross_entropy(logits: np.ndarray, label_ids: np.ndarray) -> float:
-    logits = logits - logits.max(-1, keepdims=True)
-    log_sum = np.log(np.exp(logits, dtype=np.float64).sum(-1))
-    return float(np.mean(log_sum - logits[np.arange(len(label_ids)), label_ids]))
+    cross_entropy = _tensorflow().nn.sparse_softmax_cross_entropy_with_logits
+    return float(np.mean(cross_entropy(label_ids, logits.astype(np.float64))))
 
 
 # === 9. Evaluation: evaluate_predictions, plot_confusion_matrix ===
@@ -1418,12 +1379,9 @@ def evaluate_predictions(
     )
     names = ("precision", "recall", "f1", "support")
     rows = [dict(zip(names, map(float, row))) for row in zip(*table)]
-    return {
-        "accuracy": float(np.mean(np.array(true_labels) == np.array(predicted_labels))),
-        "macro_f1": float(np.mean(table[2])),
-        "n": len(true_labels),
-        "per_label": dict(zip(labels, rows)),
-    }
+    accuracy = float(np.mean(np.array(true_labels) == np.array(predicted_labels)))
+    whole = {"accuracy": accuracy, "macro_f1": float(np.mean(table[2]))}
+    return {**whole, "n": len(true_labels), "per_label": dict(zip(labels, rows))}
 
 
 def plot_confusion_matrix(
@@ -1437,10 +1395,9 @@ def plot_confusion_matrix(
     counts = confusion_matrix(true_labels, predicted_labels, labels=labels)
     shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     size = min(4 + 0.5 * len(labels), 60)  # inches
-    figure = Figure((size + 2, size), dpi=100, layout="constrained")
-    axes = figure.subplots()
+    axes = Figure((size + 2, size), dpi=100, layout="constrained").subplots()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
-    figure.colorbar(image, label="per cent of the true label", fraction=0.04)
+    axes.figure.colorbar(image, label="per cent of the true label", fraction=0.04)
     # "$" would start a formula
     names = [" ".join(label.split())[:40].replace("$", r"\$") for label in labels]
     axes.set_xticks(range(len(labels)), names, rotation=90)
@@ -1451,7 +1408,7 @@ def plot_confusion_matrix(
         look = {"color": "white" if share > 50 else "black", "fontsize": 7}
         note = f"{share:.0f} %\n{counts[row, column]}"
         axes.text(column, row, note, ha="center", va="center", **look)
-    figure.savefig(path)
+    axes.figure.savefig(path)
 
 
 # === 10. Artifact: onnx_model, train, find_run ===
