@@ -11,7 +11,7 @@ import pytest
 os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import bertflask  # noqa: E402
+import bertflask
 
 SHARED = Path(os.environ.get("BERTFLASK_TEST_DATA", "../shared")).resolve()
 

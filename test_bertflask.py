@@ -1319,7 +1319,7 @@ def docstrings():
 def test_docstrings_have_eight_to_twelve_labels_of_a_hundred_rows_or_more(docstrings):
     counts = Counter(docstrings.labels)
     assert 8 <= len(counts) <= 12
-    assert 100 <= min(counts.values()) and max(counts.values()) <= 300
+    assert min(counts.values()) >= 100 and max(counts.values()) <= 300
 
 
 def test_docstrings_are_short_distinct_and_do_not_name_their_library(docstrings):
@@ -1618,7 +1618,7 @@ def test_folder_without_vocabulary_is_refused(tmp_path, folder):
         load_tokenizer(tmp_path / folder)
 
 
-YES, NO, OPEN = ('{"do_lower_case": %s}' % value for value in ("true", "false", "null"))
+YES, NO, OPEN = (f'{{"do_lower_case": {value}}}' for value in ("true", "false", "null"))
 
 
 @pytest.mark.parametrize(
@@ -2042,9 +2042,9 @@ def test_learn_rate_of_worked_examples(step, n_steps, warmup, expected):
 
 
 def tiny_config(tiny_bert_dir, models_dir, **changes):
-    defaults = dict(batch_size=8, n_epochs=2, max_seq_len=16, max_learn_rate=3e-3,
-                    min_learn_rate=1e-4)  # fmt: skip
-    paths = dict(model_name=str(tiny_bert_dir), models_dir=str(models_dir))
+    defaults = {"batch_size": 8, "n_epochs": 2, "max_seq_len": 16, "max_learn_rate": 3e-3,
+                    "min_learn_rate": 1e-4}  # fmt: skip
+    paths = {"model_name": str(tiny_bert_dir), "models_dir": str(models_dir)}
     return bertflask.TrainConfig(**{**defaults, **paths, **changes})
 
 
@@ -2517,9 +2517,9 @@ def test_kill_9_at_any_moment_leaves_the_last_model_serving(
         json.dumps({"model_dir": f"trained/{run_dir.name}"})
     )
     root = str(Path(bertflask.__file__).parent)
-    paths = dict(
-        tests=root, root=root, model=str(tiny_bert_dir), models_dir=str(models_dir)
-    )
+    paths = {
+        "tests": root, "root": root, "model": str(tiny_bert_dir), "models_dir": str(models_dir)
+    }
     script = TRAIN_TINY.format(**paths)
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     process.stdout.readline()
@@ -2980,7 +2980,9 @@ class Served:
     def port(self):
         return int(re.search(r"127.0.0.1:(\d+)", self.wait_for("ready: "))[1])
 
-    def post(self, body, headers={}):
+    def post(self, body, headers=None):
+        if headers is None:
+            headers = {}
         server = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
         with contextlib.closing(server):
             server.request("POST", "/predict", body, headers)
