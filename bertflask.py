@@ -1505,15 +1505,9 @@ _GOLDEN_TEXTS = (
     "I am still waiting on my card, it was due two weeks ago! " * 8,
 )
 _PACKAGES = "tensorflow tf-keras bert-for-tf2 numpy tokenizers sentencepiece onnx"
-_MANIFEST_TYPES = {
-    "format": int,
-    "model_type": str,
-    "do_lower_case": bool,
-    "labels": list,
-    "max_seq_len": int,
-    "trained_at": str,
-    "files": dict,
-}
+_MANIFEST_TYPES = {"do_lower_case": bool, "labels": list, "files": dict}
+_MANIFEST_TYPES |= dict.fromkeys(("format", "max_seq_len"), int)
+_MANIFEST_TYPES |= dict.fromkeys(("model_type", "trained_at"), str)
 _GOLDEN_TYPES = {"text": str, "token_ids": list, "logits": list}
 
 
@@ -1728,26 +1722,28 @@ class _Run:
         _write_json(run_dir / "golden.json", golden)
         _write_json(run_dir / "metrics.json", metrics)
         _write_json(run_dir / f"{model_type}_config.json", config)
-        rows = json.dumps([examples.texts, examples.labels]).encode()
         files = ("model.onnx", vocab_name, "golden.json")
-        manifest = {
-            "format": FORMAT,
-            **dataclasses.asdict(self.config),
-            "model_type": model_type,
-            "do_lower_case": self.tokenizer.do_lower_case,
-            "labels": self.labels,
-            "trained_at": f"{datetime.strptime(run_dir.name[:14], _STAMP)}",
-            "metrics": {key: metrics[key] for key in ("accuracy", "macro_f1")},
-            "data": {
-                "n": len(examples.texts),
-                "sha256": hashlib.sha256(rows).hexdigest(),
-            },
-            "versions": {name: version(name) for name in _PACKAGES.split()},
-            "bertflask": __version__,
-            "files": {name: _digest(run_dir / name) for name in files},
-        }
+        manifest = self.manifest(examples, metrics)
+        manifest["files"] = {name: _digest(run_dir / name) for name in files}
         _write_json(run_dir / "config.json", manifest)
         (run_dir / "README.md").write_text(_model_card(manifest), "utf-8")
+
+    def manifest(self, examples: Examples, metrics: dict) -> dict:
+        """The content of config.json but for `files`."""
+        rows = json.dumps([examples.texts, examples.labels]).encode()
+        digest = hashlib.sha256(rows).hexdigest()
+        return {
+            "format": FORMAT,
+            **dataclasses.asdict(self.config),
+            "model_type": self.model.config["model_type"],
+            "do_lower_case": self.tokenizer.do_lower_case,
+            "labels": self.labels,
+            "trained_at": f"{datetime.strptime(self.run_dir.name[:14], _STAMP)}",
+            "metrics": {key: metrics[key] for key in ("accuracy", "macro_f1")},
+            "data": {"n": len(examples.texts), "sha256": digest},
+            "versions": {name: version(name) for name in _PACKAGES.split()},
+            "bertflask": __version__,
+        }
 
     def golden_rows(self) -> list[dict]:
         """Fixed texts with their logits, by TensorFlow in float32 on the CPU."""
@@ -1805,11 +1801,7 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _check_golden(
-    session: Any,
-    tokenizer: Tokenizer,
-    rows: list[dict],
-    max_seq_len: int,
-    tolerance: float,
+    session: Any, tokenizer: Tokenizer, rows: list[dict], max_seq_len: int, limit: float
 ) -> None:
     """Raises ArtifactError unless texts give the stored token ids and these the logits."""
     token_ids = tokenizer.encode([row["text"] for row in rows], max_seq_len)
@@ -1820,8 +1812,8 @@ def _check_golden(
         worst = np.abs(logits - np.array([row["logits"] for row in rows])).max()
     except Exception as error:  # onnxruntime's errors have no base class of their own
         raise ArtifactError(f"model.onnx cannot be run: {_one_line(error)}") from None
-    if not worst <= tolerance:  # NaN fails too
-        words = f"allowed is {tolerance}; train the model again"
+    if not worst <= limit:  # NaN fails too
+        words = f"allowed is {limit}; train the model again"
         raise ArtifactError(f"model.onnx is up to {worst:.2g} off the logits, {words}")
 
 
@@ -1953,11 +1945,9 @@ class Classifier:
         found = []
         for row, truncated in zip(*self._classify(texts)):
             best = np.argsort(-row, kind="stable")[:top_k]
-            rows = [
-                {"label": self.labels[i], "probability": float(row[i])} for i in best
-            ]
-            rest = {"truncated": truncated, "top_k": rows, "model": self.name}
-            found.append(Prediction(**rows[0], **rest))
+            pairs = [(self.labels[i], float(row[i])) for i in best]
+            rows = [{"label": label, "probability": p} for label, p in pairs]
+            found.append(Prediction(*pairs[0], truncated, rows, self.name))
         return found
 
     def _classify(self, texts: Sequence[str]) -> tuple[np.ndarray, list[bool]]:
