@@ -1688,14 +1688,10 @@ class _Run:
 
     def evaluate(self, trainer: _Trainer, examples: Examples) -> dict:
         """The content of metrics.json; draws the confusion matrix if there are rows."""
-        n_texts = self.config.n_epochs * trainer.n_rows
-        metrics = {
-            "accuracy": None,
-            "macro_f1": None,
-            "train_texts_per_s": round(n_texts / trainer.seconds, 1),
-            "train_seconds": round(trainer.seconds, 1),
-            "validation": trainer.history,
-        }
+        rate = self.config.n_epochs * trainer.n_rows / trainer.seconds
+        metrics = {"accuracy": None, "macro_f1": None, "validation": trainer.history}
+        metrics["train_texts_per_s"] = round(rate, 1)
+        metrics["train_seconds"] = round(trainer.seconds, 1)
         if examples.texts:
             token_ids = self.tokenizer.encode(examples.texts, self.config.max_seq_len)
             predicted = [self.labels[i] for i in trainer.predict(token_ids).argmax(-1)]
@@ -1803,7 +1799,7 @@ def _write_json(path: Path, value: Any) -> None:
 def _check_golden(
     session: Any, tokenizer: Tokenizer, rows: list[dict], max_seq_len: int, limit: float
 ) -> None:
-    """Raises ArtifactError unless texts give the stored token ids and these the logits."""
+    """ArtifactError unless texts give the stored token ids and these the logits."""
     token_ids = tokenizer.encode([row["text"] for row in rows], max_seq_len)
     if [ids.tolist() for ids in token_ids] != [row["token_ids"] for row in rows]:
         raise ArtifactError("the tokenizer does not give the token ids of golden.json")
@@ -1838,7 +1834,7 @@ def _open_session(model_path: Path, model_type: str) -> Any:
 
 
 def find_run(run_dir: str | Path | None, models_dir: str | Path = "models") -> Path:
-    """`run_dir`, or the run that latest_model_config.json names; ArtifactError if none."""
+    """`run_dir`, or the run that latest_model_config.json names; else ArtifactError."""
     if run_dir is None:
         latest = Path(models_dir, LATEST)
         if not latest.exists():
@@ -1893,7 +1889,7 @@ _PREDICTION_TOKENS = 4096  # in a batch, padding included
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answer to one text; `top_k` lists the best labels with their probabilities."""
+    """The answer to one text; `top_k` lists the best labels with probabilities."""
 
     label: str
     probability: float
