@@ -1425,15 +1425,9 @@ _GOLDEN_TEXTS = (
     "I am still waiting on my card, it was due two weeks ago! " * 8,
 )
 _PACKAGES = "tensorflow tf-keras bert-for-tf2 numpy tokenizers sentencepiece onnx"
-_MANIFEST_TYPES = {
-    "format": int,
-    "model_type": str,
-    "do_lower_case": bool,
-    "labels": list,
-    "max_seq_len": int,
-    "trained_at": str,
-    "files": dict,
-}
+_MANIFEST_TYPES = {"do_lower_case": bool, "labels": list, "files": dict}
+_MANIFEST_TYPES |= dict.fromkeys(("format", "max_seq_len"), int)
+_MANIFEST_TYPES |= dict.fromkeys(("model_type", "trained_at"), str)
 _GOLDEN_TYPES = {"text": str, "token_ids": list, "logits": list}
 
 
@@ -1446,12 +1440,14 @@ def onnx_model(config: dict, weights: dict[str, np.ndarray]) -> bytes:
     """
     from onnx import TensorProto, helper, numpy_helper
 
-    graph, n_labels = _Graph(config, weights), len(weights["classifier/bias"])
-    graph.build("ids", "logits")
-    value = helper.make_tensor_value_info
+    graph, value = _Graph(config, weights), helper.make_tensor_value_info
+    graph.build("ids")
+    graph.nodes[-1].output[:] = ["logits"]
     ids = value("ids", TensorProto.INT64, ["batch", "length"])
-    logits = value("logits", TensorProto.FLOAT, ["batch", n_labels])
-    arrays = [numpy_helper.from_array(a, name) for name, a in graph.arrays.items()]
+    size = ["batch", len(weights["classifier/bias"])]
+    logits = value("logits", TensorProto.FLOAT, size)
+    used = {name for node in graph.nodes for name in node.input} & graph.arrays.keys()
+    arrays = [numpy_helper.from_array(graph.arrays[key], key) for key in sorted(used)]
     parts = helper.make_graph(graph.nodes, "bertflask", [ids], [logits], arrays)
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(parts, opset_imports=opsets, ir_version=8)
@@ -1459,91 +1455,83 @@ def onnx_model(config: dict, weights: dict[str, np.ndarray]) -> bytes:
 
 
 class _Graph:
-    """Nodes and arrays of the ONNX graph; methods return the name of their output."""
+    """Nodes of the ONNX graph and arrays that they may name as inputs, as `weights`.
+
+    Methods return the name of their output.
+    """
 
     def __init__(self, config: dict, weights: dict[str, np.ndarray]) -> None:
-        self.config, self.weights = config, weights
+        self.config, self.arrays = config, dict(weights)
         self.nodes: list = []
-        self.arrays: dict[str, np.ndarray] = {}
 
-    def op(self, kind: str, *inputs: str, output: str = "", **attributes: Any) -> str:
+    def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
         from onnx import helper
 
-        outputs = [output or f"{kind}_{len(self.nodes)}"]
+        outputs = [f"{kind}_{len(self.nodes)}"]
         if kind == "EmbedLayerNormalization":
             outputs.append("unused")  # a second output that it must have
         self.nodes.append(helper.make_node(kind, inputs, outputs, **attributes))
         return outputs[0]
 
-    def fused(self, kind: str, *inputs: str, **attributes: Any) -> str:
-        return self.op(kind, *inputs, domain="com.microsoft", **attributes)
+    fused = functools.partialmethod(op, domain="com.microsoft")
 
-    def array(self, *names: str) -> str:
-        """One variable, or several side by side."""
-        arrays = [self.weights[name] for name in names]
-        joined = np.concatenate(arrays, -1) if len(arrays) > 1 else arrays[0]
-        return self.constant("+".join(names), joined)
-
-    def constant(self, name: str, value: Any) -> str:
+    def array(self, name: str, value: Any) -> str:
         self.arrays[name] = np.asarray(value)
         return name
 
-    def product(self, x: str, kernel: str, bias: str, output: str = "") -> str:
-        x = self.op("MatMul", x, self.array(kernel))
-        return self.op("Add", x, self.array(bias), output=output)
+    def joined(self, names: list[str]) -> str:
+        arrays = [self.arrays[name] for name in names]
+        return self.array("+".join(names), np.concatenate(arrays, -1))
 
-    def build(self, ids: str, output: str) -> None:
+    def dense(self, x: str, name: str, kernel: str = "kernel") -> str:
+        return self.op("Add", self.op("MatMul", x, f"{name}/{kernel}"), f"{name}/bias")
+
+    def build(self, ids: str) -> str:
         int32, n_layers = 6, self.config["num_hidden_layers"]
-        mask = self.op("Equal", ids, self.constant("zero", np.int64(0)))
+        mask = self.op("Equal", ids, self.array("zero", np.int64(0)))
         mask = self.op("Cast", self.op("Not", mask), to=int32)  # [B, L], 1: a token
         x = self.embeddings(self.op("Cast", ids, to=int32))
-        for layer in range(n_layers):
-            x = self.layer(layer, x, mask, is_last=layer == n_layers - 1)
-        x = self.op("Squeeze", x, self.constant("axis", [1]))  # [B, H]
-        x = self.op("Tanh", self.product(x, "pooler/dense/kernel", "pooler/dense/bias"))
-        self.product(x, "classifier/kernel", "classifier/bias", output)
+        names = [_layer_name(self.config, layer) for layer in range(n_layers)]
+        for name in names[:-1]:
+            x = self.layer(name, x, x, mask)
+        bounds = (("starts", 0), ("ends", 1), ("axis", 1))
+        cls = self.op("Slice", x, *(self.array(key, [i]) for key, i in bounds))
+        x = self.op("Squeeze", self.layer(names[-1], cls, x, mask), "axis")  # [B, H]
+        return self.dense(self.op("Tanh", self.dense(x, "pooler/dense")), "classifier")
 
     def embeddings(self, ids: str) -> str:
         tables = (f"embeddings/{k}_embeddings/embeddings" for k in _EMBEDDINGS)
         word, position, segment = tables
         # segment 0 belongs to every position, so it is added once and for all
-        table = self.weights[position] + self.weights[segment][0]
-        norm = [
-            self.array(f"embeddings/LayerNorm/{part}") for part in ("gamma", "beta")
-        ]
-        inputs = (ids, "", self.array(word), self.constant(position, table), "", *norm)
+        table = self.arrays[position] + self.arrays[segment][0]
+        norm = (f"embeddings/LayerNorm/{part}" for part in ("gamma", "beta"))
+        inputs = (ids, "", word, self.array("positions", table), "", *norm)
         eps = self.config["layer_norm_eps"]
         x = self.fused("EmbedLayerNormalization", *inputs, epsilon=eps)
-        projector = "embeddings/word_embeddings_projector"
-        if f"{projector}/bias" not in self.weights:
+        if self.config["model_type"] == "bert":
             return x
-        return self.product(x, f"{projector}/projector", f"{projector}/bias")
+        return self.dense(x, "embeddings/word_embeddings_projector", "projector")
 
-    def layer(self, layer: int, x: str, mask: str, is_last: bool) -> str:
-        name = _layer_name(self.config, layer)
+    def layer(self, name: str, x: str, context: str, mask: str) -> str:
+        """One layer for the rows `x`: [CLS] of `context`, or `context` itself."""
         parts = [f"{name}/attention/self/{part}" for part in ("query", "key", "value")]
         kernels, bias = [f"{p}/kernel" for p in parts], [f"{p}/bias" for p in parts]
+        kind, inputs = "Attention", [x, self.joined(kernels)]
+        if x != context:
+            rows = zip((x, context, context), kernels)
+            kind, inputs = "MultiHeadAttention", [self.op("MatMul", *r) for r in rows]
         heads = {"num_heads": self.config["num_attention_heads"]}
-        if is_last:  # only [CLS] asks
-            bounds = (("starts", 0), ("ends", 1), ("axis", 1))
-            cls = self.op("Slice", x, *(self.constant(key, [i]) for key, i in bounds))
-            rows = zip((cls, x, x), map(self.array, kernels))
-            x, inputs = cls, [self.op("MatMul", *pair) for pair in rows]
-            kind = "MultiHeadAttention"
-        else:
-            kind, inputs = "Attention", [x, self.array(*kernels)]
-        y = self.fused(kind, *inputs, self.array(*bias), mask, **heads)
+        y = self.fused(kind, *inputs, self.joined(bias), mask, **heads)
         x = self.add_norm(x, y, f"{name}/attention/output")
-        y = self.op("MatMul", x, self.array(f"{name}/intermediate/kernel"))
-        y = self.activation(y, self.array(f"{name}/intermediate/bias"))
+        y = self.op("MatMul", x, f"{name}/intermediate/kernel")
+        y = self.activation(y, f"{name}/intermediate/bias")
         return self.add_norm(x, y, f"{name}/output")
 
     def add_norm(self, x: str, y: str, name: str) -> str:
-        y = self.op("MatMul", y, self.array(f"{name}/dense/kernel"))
+        y = self.op("MatMul", y, f"{name}/dense/kernel")
         rest = ("LayerNorm/gamma", "LayerNorm/beta", "dense/bias")
-        rest = (self.array(f"{name}/{part}") for part in rest)
-        eps = self.config["layer_norm_eps"]
-        return self.fused("SkipLayerNormalization", y, x, *rest, epsilon=eps)
+        inputs, eps = [f"{name}/{part}" for part in rest], self.config["layer_norm_eps"]
+        return self.fused("SkipLayerNormalization", y, x, *inputs, epsilon=eps)
 
     def activation(self, x: str, bias: str) -> str:
         if self.config["hidden_act"] == "relu":
@@ -1620,14 +1608,10 @@ class _Run:
 
     def evaluate(self, trainer: _Trainer, examples: Examples) -> dict:
         """The content of metrics.json; draws the confusion matrix if there are rows."""
-        n_texts = self.config.n_epochs * trainer.n_rows
-        metrics = {
-            "accuracy": None,
-            "macro_f1": None,
-            "train_texts_per_s": round(n_texts / trainer.seconds, 1),
-            "train_seconds": round(trainer.seconds, 1),
-            "validation": trainer.history,
-        }
+        rate = self.config.n_epochs * trainer.n_rows / trainer.seconds
+        metrics = {"accuracy": None, "macro_f1": None, "validation": trainer.history}
+        metrics["train_texts_per_s"] = round(rate, 1)
+        metrics["train_seconds"] = round(trainer.seconds, 1)
         if examples.texts:
             token_ids = self.tokenizer.encode(examples.texts, self.config.max_seq_len)
             predicted = [self.labels[i] for i in trainer.predict(token_ids).argmax(-1)]
@@ -1654,26 +1638,28 @@ class _Run:
         _write_json(run_dir / "golden.json", golden)
         _write_json(run_dir / "metrics.json", metrics)
         _write_json(run_dir / f"{model_type}_config.json", config)
-        rows = json.dumps([examples.texts, examples.labels]).encode()
         files = ("model.onnx", vocab_name, "golden.json")
-        manifest = {
-            "format": FORMAT,
-            **dataclasses.asdict(self.config),
-            "model_type": model_type,
-            "do_lower_case": self.tokenizer.do_lower_case,
-            "labels": self.labels,
-            "trained_at": f"{datetime.strptime(run_dir.name[:14], _STAMP)}",
-            "metrics": {key: metrics[key] for key in ("accuracy", "macro_f1")},
-            "data": {
-                "n": len(examples.texts),
-                "sha256": hashlib.sha256(rows).hexdigest(),
-            },
-            "versions": {name: version(name) for name in _PACKAGES.split()},
-            "bertflask": __version__,
-            "files": {name: _digest(run_dir / name) for name in files},
-        }
+        manifest = self.manifest(examples, metrics)
+        manifest["files"] = {name: _digest(run_dir / name) for name in files}
         _write_json(run_dir / "config.json", manifest)
         (run_dir / "README.md").write_text(_model_card(manifest), "utf-8")
+
+    def manifest(self, examples: Examples, metrics: dict) -> dict:
+        """The content of config.json but for `files`."""
+        rows = json.dumps([examples.texts, examples.labels]).encode()
+        digest = hashlib.sha256(rows).hexdigest()
+        return {
+            "format": FORMAT,
+            **dataclasses.asdict(self.config),
+            "model_type": self.model.config["model_type"],
+            "do_lower_case": self.tokenizer.do_lower_case,
+            "labels": self.labels,
+            "trained_at": f"{datetime.strptime(self.run_dir.name[:14], _STAMP)}",
+            "metrics": {key: metrics[key] for key in ("accuracy", "macro_f1")},
+            "data": {"n": len(examples.texts), "sha256": digest},
+            "versions": {name: version(name) for name in _PACKAGES.split()},
+            "bertflask": __version__,
+        }
 
     def golden_rows(self) -> list[dict]:
         """Fixed texts with their logits, by TensorFlow in float32 on the CPU."""
@@ -1731,13 +1717,9 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _check_golden(
-    session: Any,
-    tokenizer: Tokenizer,
-    rows: list[dict],
-    max_seq_len: int,
-    tolerance: float,
+    session: Any, tokenizer: Tokenizer, rows: list[dict], max_seq_len: int, limit: float
 ) -> None:
-    """Raises ArtifactError unless texts give the stored token ids and these the logits."""
+    """ArtifactError unless texts give the stored token ids and these the logits."""
     token_ids = tokenizer.encode([row["text"] for row in rows], max_seq_len)
     if [ids.tolist() for ids in token_ids] != [row["token_ids"] for row in rows]:
         raise ArtifactError("the tokenizer does not give the token ids of golden.json")
@@ -1746,8 +1728,8 @@ def _check_golden(
         worst = np.abs(logits - np.array([row["logits"] for row in rows])).max()
     except Exception as error:  # onnxruntime's errors have no base class of their own
         raise ArtifactError(f"model.onnx cannot be run: {_one_line(error)}") from None
-    if not worst <= tolerance:  # NaN fails too
-        words = f"allowed is {tolerance}; train the model again"
+    if not worst <= limit:  # NaN fails too
+        words = f"allowed is {limit}; train the model again"
         raise ArtifactError(f"model.onnx is up to {worst:.2g} off the logits, {words}")
 
 
@@ -1772,7 +1754,7 @@ def _open_session(model_path: Path, model_type: str) -> Any:
 
 
 def find_run(run_dir: str | Path | None, models_dir: str | Path = "models") -> Path:
-    """`run_dir`, or the run that latest_model_config.json names; ArtifactError if none."""
+    """`run_dir`, or the run that latest_model_config.json names; else ArtifactError."""
     if run_dir is None:
         latest = Path(models_dir, LATEST)
         if not latest.exists():
@@ -1827,7 +1809,7 @@ _PREDICTION_TOKENS = 4096  # in a batch, padding included
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answer to one text; `top_k` lists the best labels with their probabilities."""
+    """The answer to one text; `top_k` lists the best labels with probabilities."""
 
     label: str
     probability: float
@@ -1879,11 +1861,9 @@ class Classifier:
         found = []
         for row, truncated in zip(*self._classify(texts)):
             best = np.argsort(-row, kind="stable")[:top_k]
-            rows = [
-                {"label": self.labels[i], "probability": float(row[i])} for i in best
-            ]
-            rest = {"truncated": truncated, "top_k": rows, "model": self.name}
-            found.append(Prediction(**rows[0], **rest))
+            pairs = [(self.labels[i], float(row[i])) for i in best]
+            rows = [{"label": label, "probability": p} for label, p in pairs]
+            found.append(Prediction(*pairs[0], truncated, rows, self.name))
         return found
 
     def _classify(self, texts: Sequence[str]) -> tuple[np.ndarray, list[bool]]:
