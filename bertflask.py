@@ -182,10 +182,7 @@ def fetch_pretrained(model_name: str | Path, models_dir: str | Path = "models") 
     try:
         if not ready_dir.exists():
             ready_dir.parent.mkdir(parents=True, exist_ok=True)
-            with ready_dir.with_name(f".{ready_dir.name}.lock").open("w") as lock_file:
-                fcntl.flock(lock_file, fcntl.LOCK_EX)
-                if not ready_dir.exists():  # another process did it meanwhile
-                    _publish(source, name, ready_dir)
+            _publish(source, name, ready_dir)
         if os.path.isfile(source):
             note = _read_object(ready_dir / "pretrained.json")
             if note.get("digest") != _digest(Path(source)):
@@ -208,10 +205,15 @@ def _name_of(source: str) -> str:
 
 
 def _publish(source: str, name: str, ready_dir: Path) -> None:
-    stage_dir = ready_dir.with_name(f".{ready_dir.name}.unfinished")
-    shutil.rmtree(stage_dir, ignore_errors=True)  # of a run that was killed
-    stage_dir.mkdir()
-    try:
+    with contextlib.ExitStack() as after:
+        lock_path = ready_dir.with_name(f".{ready_dir.name}.lock")
+        fcntl.flock(after.enter_context(lock_path.open("w")), fcntl.LOCK_EX)
+        if ready_dir.exists():  # another process did it while this one waited
+            return
+        stage_dir = ready_dir.with_name(f".{ready_dir.name}.unfinished")
+        shutil.rmtree(stage_dir, ignore_errors=True)  # of a run that was killed
+        after.callback(shutil.rmtree, stage_dir, ignore_errors=True)
+        stage_dir.mkdir()
         origin, digest = _fetch(source, stage_dir)
         checkpoint_dir = _ready_checkpoint(stage_dir / "model")
         lower = getattr(PRETRAINED.get(name), "do_lower_case", None)
@@ -219,8 +221,6 @@ def _publish(source: str, name: str, ready_dir: Path) -> None:
         note |= {"source": origin, "digest": digest}
         (checkpoint_dir / "pretrained.json").write_text(json.dumps(note, indent=2))
         checkpoint_dir.rename(ready_dir)
-    finally:
-        shutil.rmtree(stage_dir, ignore_errors=True)
 
 
 def _fetch(source: str, stage_dir: Path) -> tuple[str, str]:
