@@ -2057,10 +2057,10 @@ def test_adamw_equals_the_one_of_keras():
     keras = tf_keras.optimizers.AdamW(0.1, 0.01, epsilon=1e-6, jit_compile=False)
     keras.exclude_from_weight_decay(var_names=["bias"])
     keras.build(list(theirs.values()))
-    optimizer, rng = bertflask._AdamW(ours), np.random.default_rng(0)
+    optimizer, rng = bertflask._adam_w(ours), np.random.default_rng(0)
     for step in range(5):
         gradients = {n: tf.constant(rng.normal(size=v.shape), tf.float32) for n, v in values.items()}  # fmt: skip
-        optimizer.apply(gradients, tf.constant(step), tf.constant(0.1))
+        optimizer(gradients, tf.constant(step), tf.constant(0.1))
         keras.apply_gradients((gradients[name], theirs[name]) for name in values)
     for name in values:
         np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5)
@@ -2518,7 +2518,10 @@ def test_kill_9_at_any_moment_leaves_the_last_model_serving(
     )
     root = str(Path(bertflask.__file__).parent)
     paths = {
-        "tests": root, "root": root, "model": str(tiny_bert_dir), "models_dir": str(models_dir)
+        "tests": root,
+        "root": root,
+        "model": str(tiny_bert_dir),
+        "models_dir": str(models_dir),
     }
     script = TRAIN_TINY.format(**paths)
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
