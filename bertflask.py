@@ -1273,8 +1273,6 @@ def _train_step(model: Model, seed: int) -> Callable:
 
 
 class _Rows(typing.NamedTuple):
-    """Encoded examples: token ids of each text and its label's number."""
-
     token_ids: list[np.ndarray]
     label_ids: np.ndarray
 
@@ -1314,21 +1312,18 @@ class _Trainer:
         with tqdm(total=len(lengths), desc=name, unit="text") as bar:
             for batch in batches_by_length(lengths, self.config.batch_size, rng):
                 token_ids = pad([rows.token_ids[row] for row in batch])
-                figures = self._train_batch(token_ids, rows.label_ids[batch])
+                label_ids, rate = rows.label_ids[batch], self._learn_rate()
+                figures = self.train_step(token_ids, label_ids, self.step, rate)
+                loss, accuracy = map(float, figures)
+                if not np.isfinite(loss):
+                    words = f"the loss is {loss} at step {self.step}; lower"
+                    words += f" max_learn_rate ({rate:g} now) or train in float32"
+                    raise TrainingError(words)
+                self._write("train", loss=loss, accuracy=accuracy, learn_rate=rate)
+                self.step += 1
                 bar.update(len(batch))
-                sums += len(batch) * np.array(figures)
+                sums += len(batch) * np.array([loss, accuracy])
                 bar.set_postfix(zip(("loss", "accuracy"), sums / bar.n))
-
-    def _train_batch(self, token_ids: np.ndarray, label_ids: np.ndarray) -> tuple:
-        rate = self._learn_rate()
-        figures = self.train_step(token_ids, label_ids, self.step, rate)
-        loss, accuracy = map(float, figures)
-        if not np.isfinite(loss):
-            words = f"the loss is {loss} at step {self.step}; lower max_learn_rate"
-            raise TrainingError(f"{words} ({rate:g} now) or train in float32")
-        self._write("train", loss=loss, accuracy=accuracy, learn_rate=rate)
-        self.step += 1
-        return loss, accuracy
 
     def _learn_rate(self) -> float:
         config, high = self.config, self.config.max_learn_rate
@@ -1348,7 +1343,6 @@ class _Trainer:
             self.best_loss, self.best_weights = loss, self.model.weights()
 
     def predict(self, token_ids: list[np.ndarray]) -> np.ndarray:
-        """Logits of encoded texts, [n, n_labels]."""
         batches = batches_by_tokens([len(ids) for ids in token_ids], _EVALUATION_TOKENS)
         parts = [self.logits(pad([token_ids[row] for row in rows])) for rows in batches]
         return np.concatenate(parts)[np.argsort(np.concatenate(batches))]
@@ -1571,8 +1565,6 @@ def train(
 
 
 class _Run:
-    """What is trained, and the folder that it fills."""
-
     def __init__(self, config: TrainConfig, labels: list[str]) -> None:
         checkpoint_dir = fetch_pretrained(config.model_name, config.models_dir)
         self.config, self.labels = _resolve(config, checkpoint_dir), labels
@@ -1648,7 +1640,6 @@ class _Run:
         (run_dir / "README.md").write_text(_model_card(manifest), "utf-8")
 
     def manifest(self, examples: Examples, metrics: dict) -> dict:
-        """The content of config.json but for `files`."""
         rows = json.dumps([examples.texts, examples.labels]).encode()
         digest = hashlib.sha256(rows).hexdigest()
         return {
@@ -1739,7 +1730,6 @@ def _check_golden(
 
 
 def _run_session(session: Any, token_ids: Sequence[np.ndarray]) -> np.ndarray:
-    """Logits of one batch of encoded texts, float32 [n, n_labels]."""
     return session.run(None, {"ids": pad(token_ids)})[0]
 
 
@@ -1859,7 +1849,6 @@ class Classifier:
         return found
 
     def _classify(self, texts: Sequence[str]) -> tuple[np.ndarray, list[bool]]:
-        """Probabilities, and which texts were cut."""
         limit = self.max_seq_len
         token_ids = self.tokenizer.encode(texts, limit + 1)  # one more shows a cut
         truncated = [len(ids) > limit for ids in token_ids]
