@@ -370,13 +370,18 @@ def _check_kind(path: Path) -> str:
     return path.name if is_google else config["model_type"]
 
 
-def _read_object(path: Path) -> dict:
+def _read_object(path: Path, error: type = PretrainedError, **types: type) -> Any:
+    """An object, or a list of objects, with all keys of `types` and these types."""
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise PretrainedError(f"cannot read {path}: {_one_line(error)}") from error
-    if not isinstance(value, dict):
-        raise PretrainedError(f"{path} is damaged: it holds no JSON object")
+    except (OSError, ValueError, RecursionError) as reason:
+        raise error(f"cannot read {path}: {_one_line(reason)}") from reason
+    for item in value if types and isinstance(value, list) else [value]:
+        if not isinstance(item, dict):
+            raise error(f"{path} is damaged: it holds no JSON object")
+        for key, kind in types.items():
+            if type(item.get(key)) is not kind:
+                raise error(f"{path}: no {key!r} that is a {kind.__name__}")
     return value
 
 
@@ -1204,22 +1209,18 @@ def _choose_gpu(gpu: str | None) -> None:
         tf.config.experimental.set_memory_growth(chosen, True)
 
 
-class _AdamW:
-    """AdamW (Loshchilov & Hutter 2019), bias-corrected, through the fused kernel."""
+def _adam_w(variables: dict) -> Callable:
+    """AdamW (Loshchilov & Hutter 2019), bias-corrected; steps count from 0."""
+    tf, beta_1, beta_2 = _tensorflow(), 0.9, 0.999
+    moments = {
+        name: [tf.Variable(tf.zeros_like(v)) for _ in range(2)]
+        for name, v in variables.items()
+    }
 
-    def __init__(self, variables: dict) -> None:
-        tf, self.variables = _tensorflow(), variables
-        self.moments = {
-            name: [tf.Variable(tf.zeros_like(v)) for _ in range(2)]
-            for name, v in variables.items()
-        }
-
-    def apply(self, gradients: dict, step: Any, learn_rate: Any) -> None:
-        """One update; `step` counts from 0."""
-        tf, beta_1, beta_2 = _tensorflow(), 0.9, 0.999
+    def apply(gradients: dict, step: Any, learn_rate: Any) -> None:
         n = tf.cast(step + 1, tf.float32)
-        for name, variable in self.variables.items():
-            m, v = self.moments[name]
+        for name, variable in variables.items():
+            m, v = moments[name]
             if not name.endswith(("bias", "gamma", "beta")):
                 variable.assign_sub(learn_rate * WEIGHT_DECAY * variable)
             tf.raw_ops.ResourceApplyAdam(
@@ -1228,10 +1229,12 @@ class _AdamW:
                 beta1=beta_1, beta2=beta_2, epsilon=1e-6, grad=gradients[name],
             )  # fmt: skip
 
+    return apply
+
 
 def _train_step(model: Model, seed: int) -> Callable:
     """A function that does one optimizer step: one trace for all batch shapes."""
-    tf, optimizer = _tensorflow(), _AdamW(model.variables)
+    tf, update = _tensorflow(), _adam_w(model.variables)
     half = model.precision == "float16"
     scale = tf.Variable(2.0**15 if half else 1.0, trainable=False)
 
@@ -1249,7 +1252,7 @@ def _train_step(model: Model, seed: int) -> Callable:
             gradients = [tf.where(fine, gradient, 0.0) for gradient in gradients]
             scale.assign(tf.where(fine, tf.minimum(scale * 1.0005, 2.0**24), scale / 2))
             learn_rate = tf.where(fine, learn_rate, 0.0)
-        optimizer.apply(dict(zip(model.variables, gradients)), step, learn_rate)
+        update(dict(zip(model.variables, gradients)), step, learn_rate)
         right = tf.argmax(logits, -1, tf.int32) == label_ids
         return loss, tf.reduce_mean(tf.cast(right, tf.float32))
 
@@ -1258,8 +1261,6 @@ def _train_step(model: Model, seed: int) -> Callable:
 
 
 class _Rows(NamedTuple):
-    """Encoded examples: token ids of each text and its label's number."""
-
     token_ids: list[np.ndarray]
     label_ids: np.ndarray
 
@@ -1299,21 +1300,18 @@ class _Trainer:
         with tqdm(total=len(lengths), desc=name, unit="text") as bar:
             for batch in batches_by_length(lengths, self.config.batch_size, rng):
                 token_ids = pad([rows.token_ids[row] for row in batch])
-                figures = self._train_batch(token_ids, rows.label_ids[batch])
+                label_ids, rate = rows.label_ids[batch], self._learn_rate()
+                figures = self.train_step(token_ids, label_ids, self.step, rate)
+                loss, accuracy = map(float, figures)
+                if not np.isfinite(loss):
+                    words = f"the loss is {loss} at step {self.step}; lower"
+                    words += f" max_learn_rate ({rate:g} now) or train in float32"
+                    raise TrainingError(words)
+                self._write("train", loss=loss, accuracy=accuracy, learn_rate=rate)
+                self.step += 1
                 bar.update(len(batch))
-                sums += len(batch) * np.array(figures)
+                sums += len(batch) * np.array([loss, accuracy])
                 bar.set_postfix(zip(("loss", "accuracy"), sums / bar.n))
-
-    def _train_batch(self, token_ids: np.ndarray, label_ids: np.ndarray) -> tuple:
-        rate = self._learn_rate()
-        figures = self.train_step(token_ids, label_ids, self.step, rate)
-        loss, accuracy = map(float, figures)
-        if not np.isfinite(loss):
-            words = f"the loss is {loss} at step {self.step}; lower max_learn_rate"
-            raise TrainingError(f"{words} ({rate:g} now) or train in float32")
-        self._write("train", loss=loss, accuracy=accuracy, learn_rate=rate)
-        self.step += 1
-        return loss, accuracy
 
     def _learn_rate(self) -> float:
         config, high = self.config, self.config.max_learn_rate
@@ -1333,7 +1331,6 @@ class _Trainer:
             self.best_loss, self.best_weights = loss, self.model.weights()
 
     def predict(self, token_ids: list[np.ndarray]) -> np.ndarray:
-        """Logits of encoded texts, [n, n_labels]."""
         batches = batches_by_tokens([len(ids) for ids in token_ids], _EVALUATION_TOKENS)
         parts = [self.logits(pad([token_ids[row] for row in rows])) for rows in batches]
         return np.concatenate(parts)[np.argsort(np.concatenate(batches))]
@@ -1556,8 +1553,6 @@ def train(
 
 
 class _Run:
-    """What is trained, and the folder that it fills."""
-
     def __init__(self, config: TrainConfig, labels: list[str]) -> None:
         checkpoint_dir = fetch_pretrained(config.model_name, config.models_dir)
         self.config, self.labels = _resolve(config, checkpoint_dir), labels
@@ -1633,7 +1628,6 @@ class _Run:
         (run_dir / "README.md").write_text(_model_card(manifest), "utf-8")
 
     def manifest(self, examples: Examples, metrics: dict) -> dict:
-        """The content of config.json but for `files`."""
         rows = json.dumps([examples.texts, examples.labels]).encode()
         digest = hashlib.sha256(rows).hexdigest()
         return {
@@ -1663,22 +1657,24 @@ class _Run:
     def publish(self) -> Path:
         """Gives the complete run its final name, then makes it the latest."""
         os.rename(self.run_dir, self.final_dir)
-        latest = {
-            "model_dir": f"trained/{self.final_dir.name}",
-            "model_type": self.model.config["model_type"],
-            "max_seq_len": self.config.max_seq_len,
-        }
+        latest = {"model_dir": f"trained/{self.final_dir.name}"}
+        latest["model_type"] = self.model.config["model_type"]
+        latest["max_seq_len"] = self.config.max_seq_len
         _write_json(Path(self.config.models_dir, LATEST), latest)
         return self.final_dir
 
 
 def _model_card(manifest: dict) -> str:
     labels = "".join(f"- {' '.join(label.split())}\n" for label in manifest["labels"])
+    accuracy, macro_f1 = manifest["metrics"].values()
+    figures = "not evaluated"
+    if accuracy is not None:
+        figures = f"accuracy {accuracy:.4f}, macro F1 {macro_f1:.4f}"
     return f"""# Text classifier on {manifest["model_name"]}
 
 Fine-tuned by bertflask {manifest["bertflask"]} at {manifest["trained_at"]} UTC on
-{manifest["data"]["n"]} texts, cut at {manifest["max_seq_len"]} tokens. On texts held out:
-{manifest["metrics"]}. This says nothing about texts of another kind or time.
+{manifest["data"]["n"]} texts, cut at {manifest["max_seq_len"]} tokens. On texts held
+out: {figures}. This says nothing about texts of another kind or time.
 
 Serve it: `python bertflask.py serve --run FOLDER`. Its labels:
 
@@ -1722,7 +1718,6 @@ def _check_golden(
 
 
 def _run_session(session: Any, token_ids: Sequence[np.ndarray]) -> np.ndarray:
-    """Logits of one batch of encoded texts, float32 [n, n_labels]."""
     return session.run(None, {"ids": pad(token_ids)})[0]
 
 
@@ -1748,29 +1743,17 @@ def find_run(run_dir: str | Path | None, models_dir: str | Path = "models") -> P
         if not latest.exists():
             words = "no model was trained yet; use `python bertflask.py train` or --run"
             raise ArtifactError(f"{latest} does not exist: {words}")
-        run_dir = latest.parent / _read_json(latest, {"model_dir": str})["model_dir"]
+        note = _read_object(latest, ArtifactError, model_dir=str)
+        run_dir = latest.parent / note["model_dir"]
     if not Path(run_dir, "config.json").is_file():
         words = "no config.json; name the folder of a finished run"
         raise ArtifactError(f"{run_dir}: {words}")
     return Path(run_dir)
 
 
-def _read_json(path: Path, types: dict[str, type]) -> Any:
-    """An object, or a list of objects, with all keys of `types` and these types."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path}: no readable JSON: {_one_line(error)}") from None
-    for item in value if isinstance(value, list) else [value]:
-        for key, kind in types.items():
-            if not isinstance(item, dict) or type(item.get(key)) is not kind:
-                raise ArtifactError(f"{path}: no {key!r} that is a {kind.__name__}")
-    return value
-
-
 def _load_manifest(run_dir: Path) -> dict:
     """config.json of a run whose files are as it says; raises ArtifactError."""
-    config = _read_json(run_dir / "config.json", _MANIFEST_TYPES)
+    config = _read_object(run_dir / "config.json", ArtifactError, **_MANIFEST_TYPES)
     labels, files, problem = config["labels"], config["files"], None
     if config["format"] != FORMAT:
         problem = f"format {config['format']}, this bertflask reads {FORMAT}"
@@ -1830,11 +1813,10 @@ class Classifier:
         labels, max_seq_len = config["labels"], config["max_seq_len"]
         tokenizer = load_tokenizer(run_dir, config["do_lower_case"])
         session = _open_session(run_dir / "model.onnx", config["model_type"])
-        rows = _read_json(run_dir / "golden.json", _GOLDEN_TYPES)
+        path = run_dir / "golden.json"
+        rows = _read_object(path, ArtifactError, **_GOLDEN_TYPES)
         if any(len(row["logits"]) != len(labels) for row in rows):
-            raise ArtifactError(
-                f"{run_dir}: golden.json is not for {len(labels)} labels"
-            )
+            raise ArtifactError(f"{path} is not for {len(labels)} labels")
         _check_golden(session, tokenizer, rows, max_seq_len, _LOAD_TOLERANCE)
         digest = config["files"]["model.onnx"][:8]
         name = f"{config['model_type'].upper()} {config['trained_at']} {digest}"
@@ -1855,7 +1837,6 @@ class Classifier:
         return found
 
     def _classify(self, texts: Sequence[str]) -> tuple[np.ndarray, list[bool]]:
-        """Probabilities, and which texts were cut."""
         limit = self.max_seq_len
         token_ids = self.tokenizer.encode(texts, limit + 1)  # one more shows a cut
         truncated = [len(ids) > limit for ids in token_ids]

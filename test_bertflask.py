@@ -2065,13 +2065,13 @@ def test_adamw_equals_the_one_of_keras():
     keras = tf_keras.optimizers.AdamW(0.1, 0.01, epsilon=1e-6, jit_compile=False)
     keras.exclude_from_weight_decay(var_names=["bias"])
     keras.build(list(theirs.values()))
-    optimizer, rng = bertflask._AdamW(ours), np.random.default_rng(0)
+    optimizer, rng = bertflask._adam_w(ours), np.random.default_rng(0)
     for step in range(5):
         gradients = {
             name: tf.constant(rng.normal(size=value.shape), tf.float32)
             for name, value in values.items()
         }
-        optimizer.apply(gradients, tf.constant(step), tf.constant(0.1))
+        optimizer(gradients, tf.constant(step), tf.constant(0.1))
         keras.apply_gradients((gradients[name], theirs[name]) for name in values)
     for name in values:
         np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5)
