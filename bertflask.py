@@ -934,11 +934,8 @@ class Model:
     def encode_cls(self, token_ids: Any) -> Any:
         """The last layer's output at [CLS], [n, hidden]."""
         x, mask = self._embed(token_ids)
-        albert = self.config["model_type"] == "albert"
-        layers = (
-            "shared" if albert else layer
-            for layer in range(self.config["num_hidden_layers"])
-        )
+        kind, n_layers = self.config["model_type"], self.config["num_hidden_layers"]
+        layers = range(n_layers) if kind == "bert" else ["shared"] * n_layers
         *names, last = (f"encoder/layer_{layer}" for layer in layers)
         for name in names:
             x = self._layer(name, x, x, mask)
@@ -1116,9 +1113,7 @@ _COMMON_NAMES = (
 
 
 def _common_name(name: str) -> str:
-    for pattern, common in _COMMON_NAMES:
-        name = re.sub(pattern, common, name)
-    return name
+    return functools.reduce(lambda text, row: re.sub(*row, text), _COMMON_NAMES, name)
 
 
 # === 7. Learning rate: learn_rate ===
