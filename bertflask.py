@@ -839,7 +839,8 @@ _CONFIG_SIZES = (
     "hidden_size intermediate_size max_position_embeddings num_attention_heads "
     "num_hidden_layers type_vocab_size vocab_size"
 )
-_EMBEDDINGS = ("word", "position", "token_type")
+_EMBEDDINGS = "word position token_type".split()
+_EMBEDDINGS = [f"embeddings/{kind}_embeddings/embeddings" for kind in _EMBEDDINGS]
 _CONFIG_RATES = "attention_probs_dropout_prob hidden_dropout_prob initializer_range"
 _GELU_NAMES = {"gelu": "gelu_exact", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}
 
@@ -912,6 +913,7 @@ class Model:
     precision: str = "float32"  # of matrix products
     seed: Any = None  # int32 [2]: one pass with dropout, the same for the same seed
     tf = property(lambda _: _tensorflow())
+    _tanh = property(lambda self: self.tf.tanh)
 
     def weights(self) -> dict[str, np.ndarray]:
         """A copy of all variables."""
@@ -924,24 +926,26 @@ class Model:
 
     def encode_cls(self, token_ids: Any) -> Any:
         """The last layer's output at [CLS], [n, hidden]."""
-        tf, n_layers = self.tf, self.config["num_hidden_layers"]
-        ids = tf.cast(token_ids, tf.int32)
-        mask = -10000.0 * tf.cast(ids == 0, tf.float32)[:, None, None]  # [B, 1, 1, L]
-        x = self._embed(ids)  # [B*L, H]
-        *names, last = (_layer_name(self.config, layer) for layer in range(n_layers))
+        x, mask = self._embed(token_ids)
+        kind, n_layers = self.config["model_type"], self.config["num_hidden_layers"]
+        layers = range(n_layers) if kind == "bert" else ["shared"] * n_layers
+        *names, last = (f"encoder/layer_{layer}" for layer in layers)
         for name in names:
             x = self._layer(name, x, x, mask)
-        return self._layer(last, x[:: tf.shape(ids)[1]], x, mask)  # [B, H], [CLS] alone
+        return self._layer(last, self._cls(x, mask), x, mask)
 
     def pooled(self, token_ids: Any) -> Any:
         """Tanh pooler on `encode_cls`, [n, hidden]."""
         x = self._dense(self.encode_cls(token_ids), "pooler/dense")
-        return self.tf.cast(self.tf.tanh(x), "float32")
+        return self._float32(self._tanh(x))
 
     def logits(self, token_ids: Any) -> Any:
         """Unnormalised scores of the labels, [n, n_labels]."""
         x = self._dropout(self.pooled(token_ids), HEAD_DROPOUT)
-        return self.tf.cast(self._dense(x, "classifier"), "float32")
+        return self._float32(self._dense(x, "classifier"))
+
+    def _float32(self, x: Any) -> Any:
+        return self.tf.cast(x, "float32")
 
     def _dropout(self, x: Any, rate: float) -> Any:
         if self.seed is None or not rate:
@@ -961,29 +965,36 @@ class Model:
         eps = self.config["layer_norm_eps"]
         return self.tf.nn.batch_normalization(x, mean, variance, beta, gamma, eps)
 
-    def _embed(self, ids: Any) -> Any:
+    def _embed(self, token_ids: Any) -> tuple[Any, Any]:
         tf = self.tf
-        names = (f"embeddings/{kind}_embeddings/embeddings" for kind in _EMBEDDINGS)
-        word, position, segment = map(self.variables.get, names)
+        ids = tf.cast(token_ids, tf.int32)
+        mask = -10000.0 * tf.cast(ids == 0, tf.float32)[:, None, None]  # [B, 1, 1, L]
+        word, position, segment = map(self.variables.get, _EMBEDDINGS)
         x = tf.gather(word, ids) + position[: tf.shape(ids)[1]] + segment[0]
         x = self._layer_norm(x, "embeddings/LayerNorm")  # [B, L, E]
         x = self._dropout(x, self.config["hidden_dropout_prob"])
         x = tf.reshape(x, (-1, x.shape[-1]))
         if self.config["model_type"] == "albert":
             x = self._dense(x, "embeddings/word_embeddings_projector", "projector")
-        return tf.cast(x, tf.float32)
+        return self._float32(x), mask  # x [B*L, H]
+
+    def _cls(self, x: Any, mask: Any) -> Any:  # [B*L, H] -> [B, H]
+        return x[:: self.tf.shape(mask)[-1]]
 
     def _layer(self, name: str, x: Any, context: Any, mask: Any) -> Any:
         """One layer for the rows `x`, which attend to `context` [B*L, H]."""
         y = self._attention(f"{name}/attention/self", x, context, mask)
         x = self._add_norm(x, y, f"{name}/attention/output")
-        y, act = self._dense(x, f"{name}/intermediate"), self.config["hidden_act"]
-        gelu = functools.partial(self.tf.nn.gelu, approximate=act == "gelu")
-        y = self.tf.nn.relu(y) if act == "relu" else gelu(y)
+        y = self._activation(x, f"{name}/intermediate")
         return self._add_norm(x, y, f"{name}/output")
 
+    def _activation(self, x: Any, name: str) -> Any:
+        y, act = self._dense(x, name), self.config["hidden_act"]
+        gelu = functools.partial(self.tf.nn.gelu, approximate=act == "gelu")
+        return self.tf.nn.relu(y) if act == "relu" else gelu(y)
+
     def _add_norm(self, x: Any, y: Any, name: str) -> Any:
-        y = self.tf.cast(self._dense(y, f"{name}/dense"), "float32")
+        y = self._float32(self._dense(y, f"{name}/dense"))
         y = self._dropout(y, self.config["hidden_dropout_prob"])
         return self._layer_norm(x + y, f"{name}/LayerNorm")
 
@@ -1003,11 +1014,6 @@ class Model:
         weights = self._dropout(weights, self.config["attention_probs_dropout_prob"])
         y = tf.matmul(tf.cast(weights, self.precision), value)  # [B, A, T, D]
         return tf.reshape(tf.transpose(y, (0, 2, 1, 3)), (-1, n_heads * size))
-
-
-def _layer_name(config: dict, layer: int) -> str:
-    shared = config["model_type"] == "albert"
-    return "encoder/layer_shared" if shared else f"encoder/layer_{layer}"
 
 
 def build_model(
@@ -1100,9 +1106,7 @@ _COMMON_NAMES = (
 
 
 def _common_name(name: str) -> str:
-    for pattern, common in _COMMON_NAMES:
-        name = re.sub(pattern, common, name)
-    return name
+    return functools.reduce(lambda text, row: re.sub(*row, text), _COMMON_NAMES, name)
 
 
 # === 7. Learning rate: learn_rate ===
@@ -1425,29 +1429,32 @@ def onnx_model(config: dict, weights: dict[str, np.ndarray]) -> bytes:
     """
     from onnx import TensorProto, helper, numpy_helper
 
-    graph, value = _Graph(config, weights), helper.make_tensor_value_info
-    graph.build("ids")
+    graph, value = _Graph(config, dict(weights)), helper.make_tensor_value_info
+    graph.op("Squeeze", graph.logits("ids"), "axis")
     graph.nodes[-1].output[:] = ["logits"]
     ids = value("ids", TensorProto.INT64, ["batch", "length"])
     size = ["batch", len(weights["classifier/bias"])]
     logits = value("logits", TensorProto.FLOAT, size)
-    used = {name for node in graph.nodes for name in node.input} & graph.arrays.keys()
-    arrays = [numpy_helper.from_array(graph.arrays[key], key) for key in sorted(used)]
+    used = {
+        name for node in graph.nodes for name in node.input
+    } & graph.variables.keys()
+    arrays = [
+        numpy_helper.from_array(graph.variables[key], key) for key in sorted(used)
+    ]
     parts = helper.make_graph(graph.nodes, "bertflask", [ids], [logits], arrays)
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(parts, opset_imports=opsets, ir_version=8)
     return model.SerializeToString(deterministic=True)
 
 
-class _Graph:
-    """Nodes of the ONNX graph and arrays that they may name as inputs, as `weights`.
+@dataclass(eq=False)
+class _Graph(Model):
+    """The same model, whose tensors are names of outputs of ONNX nodes.
 
-    Methods return the name of their output.
+    `variables` are arrays that the nodes may name as inputs; [CLS] rows are [B, 1, H].
     """
 
-    def __init__(self, config: dict, weights: dict[str, np.ndarray]) -> None:
-        self.config, self.arrays = config, dict(weights)
-        self.nodes: list = []
+    nodes: list = dataclasses.field(default_factory=list)
 
     def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
         from onnx import helper
@@ -1459,70 +1466,60 @@ class _Graph:
         return outputs[0]
 
     fused = functools.partialmethod(op, domain="com.microsoft")
+    _tanh = functools.partialmethod(op, "Tanh")
+    _float32 = staticmethod(str)  # every name stands for float32 as it is
 
     def array(self, name: str, value: Any) -> str:
-        self.arrays[name] = np.asarray(value)
+        self.variables[name] = np.asarray(value)
         return name
 
     def joined(self, names: list[str]) -> str:
-        arrays = [self.arrays[name] for name in names]
+        arrays = [self.variables[name] for name in names]
         return self.array("+".join(names), np.concatenate(arrays, -1))
 
-    def dense(self, x: str, name: str, kernel: str = "kernel") -> str:
+    def _dense(self, x: str, name: str, kernel: str = "kernel") -> str:
         return self.op("Add", self.op("MatMul", x, f"{name}/{kernel}"), f"{name}/bias")
 
-    def build(self, ids: str) -> str:
-        int32, n_layers = 6, self.config["num_hidden_layers"]
-        mask = self.op("Equal", ids, self.array("zero", np.int64(0)))
+    def _embed(self, token_ids: str) -> tuple[str, str]:
+        int32, eps = 6, self.config["layer_norm_eps"]
+        mask = self.op("Equal", token_ids, self.array("zero", np.int64(0)))
         mask = self.op("Cast", self.op("Not", mask), to=int32)  # [B, L], 1: a token
-        x = self.embeddings(self.op("Cast", ids, to=int32))
-        names = [_layer_name(self.config, layer) for layer in range(n_layers)]
-        for name in names[:-1]:
-            x = self.layer(name, x, x, mask)
-        bounds = (("starts", 0), ("ends", 1), ("axis", 1))
-        cls = self.op("Slice", x, *(self.array(key, [i]) for key, i in bounds))
-        x = self.op("Squeeze", self.layer(names[-1], cls, x, mask), "axis")  # [B, H]
-        return self.dense(self.op("Tanh", self.dense(x, "pooler/dense")), "classifier")
-
-    def embeddings(self, ids: str) -> str:
-        tables = (f"embeddings/{k}_embeddings/embeddings" for k in _EMBEDDINGS)
-        word, position, segment = tables
+        word, position, segment = _EMBEDDINGS
         # segment 0 belongs to every position, so it is added once and for all
-        table = self.arrays[position] + self.arrays[segment][0]
+        table = self.variables[position] + self.variables[segment][0]
         norm = (f"embeddings/LayerNorm/{part}" for part in ("gamma", "beta"))
+        ids = self.op("Cast", token_ids, to=int32)
         inputs = (ids, "", word, self.array("positions", table), "", *norm)
-        eps = self.config["layer_norm_eps"]
         x = self.fused("EmbedLayerNormalization", *inputs, epsilon=eps)
-        if self.config["model_type"] == "bert":
-            return x
-        return self.dense(x, "embeddings/word_embeddings_projector", "projector")
+        if self.config["model_type"] == "albert":
+            x = self._dense(x, "embeddings/word_embeddings_projector", "projector")
+        return x, mask
 
-    def layer(self, name: str, x: str, context: str, mask: str) -> str:
-        """One layer for the rows `x`: [CLS] of `context`, or `context` itself."""
-        parts = [f"{name}/attention/self/{part}" for part in ("query", "key", "value")]
+    def _cls(self, x: str, mask: str) -> str:
+        bounds = (("starts", 0), ("ends", 1), ("axis", 1))
+        return self.op("Slice", x, *(self.array(key, [i]) for key, i in bounds))
+
+    def _attention(self, name: str, x: str, context: str, mask: str) -> str:
+        parts = [f"{name}/{part}" for part in ("query", "key", "value")]
         kernels, bias = [f"{p}/kernel" for p in parts], [f"{p}/bias" for p in parts]
         kind, inputs = "Attention", [x, self.joined(kernels)]
         if x != context:
             rows = zip((x, context, context), kernels)
             kind, inputs = "MultiHeadAttention", [self.op("MatMul", *r) for r in rows]
         heads = {"num_heads": self.config["num_attention_heads"]}
-        y = self.fused(kind, *inputs, self.joined(bias), mask, **heads)
-        x = self.add_norm(x, y, f"{name}/attention/output")
-        y = self.op("MatMul", x, f"{name}/intermediate/kernel")
-        y = self.activation(y, f"{name}/intermediate/bias")
-        return self.add_norm(x, y, f"{name}/output")
+        return self.fused(kind, *inputs, self.joined(bias), mask, **heads)
 
-    def add_norm(self, x: str, y: str, name: str) -> str:
+    def _add_norm(self, x: str, y: str, name: str) -> str:
         y = self.op("MatMul", y, f"{name}/dense/kernel")
         rest = ("LayerNorm/gamma", "LayerNorm/beta", "dense/bias")
         inputs, eps = [f"{name}/{part}" for part in rest], self.config["layer_norm_eps"]
         return self.fused("SkipLayerNormalization", y, x, *inputs, epsilon=eps)
 
-    def activation(self, x: str, bias: str) -> str:
+    def _activation(self, x: str, name: str) -> str:
         if self.config["hidden_act"] == "relu":
-            return self.op("Relu", self.op("Add", x, bias))
-        exact = self.config["hidden_act"] == "gelu_exact"
-        return self.fused("BiasGelu" if exact else "FastGelu", x, bias)
+            return self.op("Relu", self._dense(x, name))
+        kind = "FastGelu" if self.config["hidden_act"] == "gelu" else "BiasGelu"
+        return self.fused(kind, self.op("MatMul", x, f"{name}/kernel"), f"{name}/bias")
 
 
 def train(
