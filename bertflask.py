@@ -446,7 +446,7 @@ class _Table:
 
         def score(delimiter: str) -> tuple[int, int]:
             names = [x.strip() for x in next(csv.reader([header], delimiter=delimiter))]
-            return len(known.intersection(names, map(str.lower, names))), len(names)
+            return len(known & {*names, *map(str.lower, names)}), len(names)
 
         delimiter = max(",;\t", key=score)
         stream.seek(0)

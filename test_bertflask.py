@@ -952,6 +952,11 @@ def test_hostile_file_gives_these_rows_or_this_error(name):
         assert examples.lines == list(range(2, 2 + len(examples.texts)))
 
 
+def test_a_known_name_in_capitals_decides_the_delimiter(read):
+    examples = read("Text;Label;a, b, c, d\nhi;x;1\nho;y;2\n")
+    assert (examples.texts, examples.labels) == (["hi", "ho"], ["x", "y"])
+
+
 @needs_shared
 def test_every_hostile_file_is_expected():
     found = {path.name for path in (SHARED / "data/hostile").iterdir()}
@@ -2518,7 +2523,10 @@ def test_kill_9_at_any_moment_leaves_the_last_model_serving(
     )
     root = str(Path(bertflask.__file__).parent)
     paths = {
-        "tests": root, "root": root, "model": str(tiny_bert_dir), "models_dir": str(models_dir)
+        "tests": root,
+        "root": root,
+        "model": str(tiny_bert_dir),
+        "models_dir": str(models_dir),
     }
     script = TRAIN_TINY.format(**paths)
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
