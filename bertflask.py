@@ -439,7 +439,7 @@ class _Table:
 
         def score(delimiter: str) -> tuple[int, int]:
             names = [x.strip() for x in next(csv.reader([header], delimiter=delimiter))]
-            return len(known.intersection(names, map(str.lower, names))), len(names)
+            return len(known & {*names, *map(str.lower, names)}), len(names)
 
         delimiter = max(",;\t", key=score)
         stream.seek(0)
@@ -451,12 +451,9 @@ class _Table:
         except csv.Error as error:
             words = str(error).replace("unexpected end of data", "a quote stays open")
             advice = f'quote fields that contain {delimiter!r}, write " in them as ""'
-            raise self._error(f"line {line}: {words}; {advice}") from None
+            raise DataError(f"{path}: line {line}: {words}; {advice}") from None
         if not self.rows:
-            raise self._error("no rows; add a text and a label below a header")
-
-    def _error(self, problem: str) -> DataError:
-        return DataError(f"{self.path}: {problem}")
+            raise DataError(f"{path}: no rows; add a text and a label below a header")
 
     def _open(self) -> io.StringIO:
         csv.field_size_limit(2**31 - 1)  # csv refuses fields over 128 KiB by default
@@ -468,8 +465,8 @@ class _Table:
             before = error.object[: error.start].decode(error.encoding, "ignore")
             line = len(re.findall("\r\n|\r|\n", before)) + 1
             found = f"bytes {error.object[error.start : error.end].hex(' ')}"
-            problem = f"line {line}: {found} are not {error.encoding.upper()}"
-            raise self._error(f"{problem}; save the file as UTF-8") from None
+            words = f"{found} are not {error.encoding.upper()}; save the file as UTF-8"
+            raise DataError(f"{self.path}: line {line}: {words}") from None
         except (OSError, ValueError) as error:
             raise DataError(f"cannot read {self.path}: {_one_line(error)}") from None
         return io.StringIO(text, newline="")
@@ -490,14 +487,13 @@ class _Table:
     def find(self, given: str | None, known: tuple[str, ...]) -> int | None:
         """The column's place; None if no known name is there, or several equals."""
         if given is None:
-            names = [name.lower() for name in self.names]
-            equals = map(str.split, known)
-            places = ([i for i, x in enumerate(names) if x in row] for row in equals)
-            found = next(filter(None, places), [])
-            return found[0] if len(found) == 1 else None
+            for names in map(str.split, known):
+                if at := [i for i, x in enumerate(self.names) if x.lower() in names]:
+                    return at[0] if len(at) == 1 else None
+            return None
         if (n := self.names.count(given)) != 1:
-            words = f"{n} columns are named {given!r}; choose one of"
-            raise self._error(f"{words} {_quote(self.names)}")
+            words = f"{self.path}: {n} columns are named {given!r}; choose one of"
+            raise DataError(f"{words} {_quote(self.names)}")
         return self.names.index(given)
 
     def text_and_label(self, text_column: str | None, label_column: str | None):
@@ -507,8 +503,9 @@ class _Table:
         if None in (text, label):
             values = [{x.strip() for x in cells} - {""} for cells in zip(*self.rows)]
             if again := [x for x, cells in zip(self.names, values) if x in cells]:
-                words = f"no header? {again[0][:40]!r} of the first row comes again"
-                raise self._error(f"{words} below; add a row such as text,label")
+                words = f"{self.path}: no header? {again[0][:40]!r} of the first row"
+                advice = "add a row such as text,label"
+                raise DataError(f"{words} comes again below; {advice}")
             n = [len(cells) for cells in values]
             for i, j in ((0, 1), (1, 0)) if len(n) == 2 else ():
                 # Either one tells the other; of two unknown ones, labels repeat.
@@ -516,9 +513,9 @@ class _Table:
                 if text == i or label == j or repeats:
                     text, label = i, j
         if None in (text, label) or text == label:
-            words = "not clear which columns are text and label among"
+            words = f"{self.path}: not clear which columns are text and label among"
             advice = "name them with text_column and label_column"
-            raise self._error(f"{words} {_quote(self.names)}; {advice}")
+            raise DataError(f"{words} {_quote(self.names)}; {advice}")
         return text, label
 
 
@@ -627,8 +624,7 @@ def _draw_docstrings(library: str) -> Iterator[str]:
     root = Path(origin).parent
     paths = sorted(root.rglob("*.py"))
     np.random.default_rng(0).shuffle(paths)
-    tests = {"test", "tests"}
-    paths = (path for path in paths if tests.isdisjoint(path.relative_to(root).parts))
+    paths = (x for x in paths if not {"test", "tests"} & {*x.relative_to(root).parts})
     for paragraph in itertools.chain.from_iterable(map(_first_paragraphs, paths)):
         words = re.sub(rf"(?i)\w*{library.rstrip('2')}\w*", " ", paragraph).split()
         if 6 <= len(words) <= 80:
@@ -641,8 +637,8 @@ def _first_paragraphs(path: Path) -> list[str]:
     # Ignored: other people's invalid escapes.
     with warnings.catch_warnings(action="ignore"), contextlib.suppress(*bad):
         tree = ast.walk(ast.parse(path.read_bytes()))
-        nodes = [node for node in tree if isinstance(node, kinds)]
-        return [re.split(r"\n\s*\n", ast.get_docstring(x) or "")[0] for x in nodes]
+        texts = (ast.get_docstring(x) or "" for x in tree if isinstance(x, kinds))
+        return [re.split(r"\n\s*\n", text)[0] for text in texts]
     return []
 
 
@@ -2058,7 +2054,6 @@ _FLAGS["run_dir"] = click.Option(
 
 
 def _command(name: str, example: str, *flags: str) -> Callable:
-    """A command with these flags and, in its help, an example."""
     epilog = f"{_EXAMPLE}{name} {example}"
     return _commands.command(name, params=[_FLAGS[x] for x in flags], epilog=epilog)
 

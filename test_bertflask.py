@@ -955,6 +955,11 @@ def test_hostile_file_gives_these_rows_or_this_error(name):
         assert examples.lines == list(range(2, 2 + len(examples.texts)))
 
 
+def test_a_known_name_in_capitals_decides_the_delimiter(read):
+    examples = read("Text;Label;a, b, c, d\nhi;x;1\nho;y;2\n")
+    assert (examples.texts, examples.labels) == (["hi", "ho"], ["x", "y"])
+
+
 @needs_shared
 def test_every_hostile_file_is_expected():
     found = {path.name for path in (SHARED / "data/hostile").iterdir()}
