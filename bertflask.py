@@ -1997,8 +1997,7 @@ _GUNICORN = {
 def _load_app(run_dir: str | None, models_dir: str, url: str) -> flask.Flask:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all
     try:
-        classifier = Classifier.load(run_dir, models_dir)
-        app = create_app(classifier)
+        app = create_app(classifier := Classifier.load(run_dir, models_dir))
     except Exception as error:
         log.error(_error_line(error))
         raise SystemExit(0) from None  # then the server ends with 2, see child_exit
