@@ -732,7 +732,9 @@ def test_a_mistyped_name_gets_the_close_ones():
 @pytest.mark.parametrize(
     "name", ["", "a/b/c", "/a", "a/", "../b", "a b/c", "a\n/b", "\0", "x" * 5000]
 )
-def test_a_name_of_nothing_gets_one_line(name, tmp_path):
+def test_a_name_of_nothing_gets_one_line(name, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(PretrainedError, match="no model, file or folder") as raised:
         fetch_pretrained(name, tmp_path)
     one_line(raised)
