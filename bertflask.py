@@ -370,18 +370,17 @@ def _check_kind(path: Path) -> str:
     return path.name if is_google else config["model_type"]
 
 
-def _read_object(path: Path, error: type = PretrainedError, **types: type) -> Any:
-    """An object, or a list of objects, with all keys of `types` and these types."""
+def _read_object(path: Path, error: type = PretrainedError, **types: type) -> dict:
+    """A JSON object with all keys of `types` and these types."""
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as reason:
         raise error(f"cannot read {path}: {_one_line(reason)}") from reason
-    for item in value if types and isinstance(value, list) else [value]:
-        if not isinstance(item, dict):
-            raise error(f"{path} is damaged: it holds no JSON object")
-        for key, kind in types.items():
-            if type(item.get(key)) is not kind:
-                raise error(f"{path}: no {key!r} that is a {kind.__name__}")
+    if not isinstance(value, dict):
+        raise error(f"{path} is damaged: it holds no JSON object")
+    for key, kind in types.items():
+        if type(value.get(key)) is not kind:
+            raise error(f"{path}: no {key!r} that is a {kind.__name__}")
     return value
 
 
@@ -1413,7 +1412,6 @@ _PACKAGES = "tensorflow tf-keras bert-for-tf2 numpy tokenizers sentencepiece onn
 _MANIFEST_TYPES = {"do_lower_case": bool, "labels": list, "files": dict}
 _MANIFEST_TYPES |= dict.fromkeys(("format", "max_seq_len"), int)
 _MANIFEST_TYPES |= dict.fromkeys(("model_type", "trained_at"), str)
-_GOLDEN_TYPES = {"text": str, "token_ids": list, "logits": list}
 
 
 def onnx_model(config: dict, weights: dict[str, np.ndarray]) -> bytes:
@@ -1608,14 +1606,12 @@ class _Run:
         with h5py.File(run_dir / "model.weights.h5", "w") as file:
             for name, array in weights.items():
                 file[name] = array
-        session = _open_session(run_dir / "model.onnx", model_type)
-        golden, max_seq_len = self.golden_rows(), self.config.max_seq_len
-        _check_golden(session, self.tokenizer, golden, max_seq_len, _EXPORT_TOLERANCE)
-        _write_json(run_dir / "golden.json", golden)
+        _write_json(run_dir / "golden.json", self.golden_rows())
         _write_json(run_dir / "metrics.json", metrics)
         _write_json(run_dir / f"{model_type}_config.json", config)
-        files = ("model.onnx", vocab_name, "golden.json")
         manifest = self.manifest(examples, metrics)
+        _open_session(run_dir, manifest, self.tokenizer, _EXPORT_TOLERANCE)
+        files = ("model.onnx", vocab_name, "golden.json")
         manifest["files"] = {name: _digest(run_dir / name) for name in files}
         _write_json(run_dir / "config.json", manifest)
         (run_dir / "README.md").write_text(_model_card(manifest), "utf-8")
@@ -1693,40 +1689,37 @@ def _write_json(path: Path, value: Any) -> None:
         json.dump(value, file, indent=1, ensure_ascii=False)
 
 
-def _check_golden(
-    session: Any, tokenizer: Tokenizer, rows: list[dict], max_seq_len: int, limit: float
-) -> None:
-    """ArtifactError unless texts give the stored token ids and these the logits."""
-    token_ids = tokenizer.encode([row["text"] for row in rows], max_seq_len)
-    if [ids.tolist() for ids in token_ids] != [row["token_ids"] for row in rows]:
-        raise ArtifactError("the tokenizer does not give the token ids of golden.json")
-    try:
-        logits = _run_session(session, token_ids)
-        worst = np.abs(logits - np.array([row["logits"] for row in rows])).max()
-    except Exception as error:  # onnxruntime's errors have no base class of their own
-        raise ArtifactError(f"model.onnx cannot be run: {_one_line(error)}") from None
-    if not worst <= limit:  # NaN fails too
-        words = f"allowed is {limit}; train the model again"
-        raise ArtifactError(f"model.onnx is up to {worst:.2g} off the logits, {words}")
+def _open_session(
+    run_dir: Path, config: dict, tokenizer: Tokenizer, tolerance: float
+) -> Any:
+    """The run's ONNX Runtime session, on the GPU where onnxruntime-gpu is installed.
 
-
-def _run_session(session: Any, token_ids: Sequence[np.ndarray]) -> np.ndarray:
-    return session.run(None, {"ids": pad(token_ids)})[0]
-
-
-def _open_session(model_path: Path, model_type: str) -> Any:
-    """An ONNX Runtime session, on the GPU where onnxruntime-gpu is installed."""
+    Raises ArtifactError unless it gives the logits of golden.json.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    if model_type == "albert":  # or each layer keeps a packed copy of the same weights
+    if config["model_type"] == "albert":  # or each layer packs the same weights anew
         options.add_session_config_entry("session.disable_prepacking", "1")
     wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
     providers = [p for p in wanted if p in onnxruntime.get_available_providers()]
     try:
-        return onnxruntime.InferenceSession(model_path, options, providers)
+        path = run_dir / "model.onnx"
+        session = onnxruntime.InferenceSession(path, options, providers)
+        rows = json.loads((run_dir / "golden.json").read_bytes())
+        ids = tokenizer.encode([row["text"] for row in rows], config["max_seq_len"])
+        if [row.tolist() for row in ids] != [row["token_ids"] for row in rows]:
+            raise ArtifactError("the tokenizer gives other token ids than golden.json")
+        pairs = (session.run(None, {"ids": pad(ids)})[0], [x["logits"] for x in rows])
+        shape = (len(rows), len(config["labels"]))
+        worst = np.abs(np.subtract(*(np.reshape(x, shape) for x in pairs))).max()
     except Exception as error:  # onnxruntime's errors have no base class of their own
-        raise ArtifactError(f"{model_path} is no model: {_one_line(error)}") from None
+        words = f"model.onnx or golden.json is no use: {_one_line(error)}"
+        raise ArtifactError(f"{run_dir}: {words}") from None
+    if not worst <= tolerance:  # NaN fails too
+        words = f"allowed is {tolerance}; train the model again"
+        raise ArtifactError(f"model.onnx is up to {worst:.2g} off the logits, {words}")
+    return session
 
 
 def find_run(run_dir: str | Path | None, models_dir: str | Path = "models") -> Path:
@@ -1803,17 +1796,11 @@ class Classifier:
         """
         run_dir = find_run(run_dir, models_dir)
         config = _load_manifest(run_dir)
-        labels, max_seq_len = config["labels"], config["max_seq_len"]
         tokenizer = load_tokenizer(run_dir, config["do_lower_case"])
-        session = _open_session(run_dir / "model.onnx", config["model_type"])
-        path = run_dir / "golden.json"
-        rows = _read_object(path, ArtifactError, **_GOLDEN_TYPES)
-        if any(len(row["logits"]) != len(labels) for row in rows):
-            raise ArtifactError(f"{path} is not for {len(labels)} labels")
-        _check_golden(session, tokenizer, rows, max_seq_len, _LOAD_TOLERANCE)
+        session = _open_session(run_dir, config, tokenizer, _LOAD_TOLERANCE)
         digest = config["files"]["model.onnx"][:8]
         name = f"{config['model_type'].upper()} {config['trained_at']} {digest}"
-        return cls(name, labels, max_seq_len, tokenizer, session)
+        return cls(name, config["labels"], config["max_seq_len"], tokenizer, session)
 
     def probabilities(self, texts: Sequence[str]) -> np.ndarray:
         """Softmax probabilities of the labels, float32 [n, n_labels]."""
@@ -1839,7 +1826,7 @@ class Classifier:
         lengths = [len(ids) for ids in token_ids]
         for rows in batches_by_tokens(lengths, _PREDICTION_TOKENS):
             batch = [token_ids[row] for row in rows]
-            logits[rows] = _run_session(self.session, batch)
+            logits[rows] = self.session.run(None, {"ids": pad(batch)})[0]
         exp = np.exp(logits - logits.max(-1, keepdims=True))
         return exp / exp.sum(-1, keepdims=True), truncated
 

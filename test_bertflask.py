@@ -2311,7 +2311,7 @@ def test_the_stored_weights_and_the_onnx_model_agree(
     tokenizer = bertflask.load_tokenizer(run_dir)
     rows = tokenizer.encode(["how do i sort a red cat", "mat"], 16)
     expected = model.logits(bertflask.pad(rows))
-    found = bertflask._run_session(classifier.session, rows)
+    found = classifier.session.run(None, {"ids": bertflask.pad(rows)})[0]
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
@@ -2421,7 +2421,7 @@ def test_a_hostile_manifest_is_refused_with_one_line(copied_run, changes):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[", "3", "[" * 100_000, '{"format": 1}', "\x00"]
+    "content", ["", "[", "3", "[]", "[" * 100_000, '{"format": 1}', "\x00"]
 )
 def test_an_unreadable_manifest_is_refused_with_one_line(copied_run, content):
     (copied_run / "config.json").write_text(content)
@@ -2444,6 +2444,15 @@ def test_a_model_that_answers_otherwise_fails_its_golden_rows(copied_run):
     rewrite(copied_run)
     with pytest.raises(bertflask.ArtifactError, match=r"up to 0\.01 off the logits"):
         bertflask.Classifier.load(copied_run)
+
+
+@pytest.mark.parametrize("content", ["", "3", "[]", "{}", "[3]", '[{"text": ""}]'])
+def test_golden_rows_that_are_none_are_refused_with_one_line(copied_run, content):
+    (copied_run / "golden.json").write_text(content)
+    rewrite(copied_run)
+    with pytest.raises(bertflask.ArtifactError, match="golden.json") as caught:
+        bertflask.Classifier.load(copied_run)
+    assert "\n" not in str(caught.value)
 
 
 def test_another_vocabulary_fails_the_golden_rows(copied_run):
@@ -2476,7 +2485,7 @@ def test_the_latest_config_may_be_edited_by_hand(run_dir, tmp_path, absolute):
     assert bertflask.Classifier.load(models_dir=tmp_path).labels
 
 
-WRITERS = ["_Run.golden_rows", "onnx_model", "_write_json", "_check_golden",
+WRITERS = ["_Run.golden_rows", "onnx_model", "_write_json", "_open_session",
            "_model_card", "plot_confusion_matrix", "_Run.publish"]  # fmt: skip
 
 
