@@ -1172,28 +1172,23 @@ class TrainConfig:
     models_dir: str = _parameter("models", "folder of pretrained and trained models")
 
 
-def _resolve(config: TrainConfig, checkpoint_dir: Path) -> TrainConfig:
+def _resolve(config: TrainConfig) -> TrainConfig:
     """`config` with numbers: as given, else recommended for the model, else default."""
-    recommended = getattr(PRETRAINED.get(checkpoint_dir.name), "recommended", {})
-    values = {
-        field.name: recommended.get(field.name, field.metadata["else_"])
-        for field in dataclasses.fields(config)
-        if getattr(config, field.name) is None and field.metadata["within"]
-    }
-    return dataclasses.replace(config, **values)
-
-
-def _check_config(config: TrainConfig) -> None:
+    model_name = re.sub(r"\.(zip|tar\.gz)$", "", Path(config.model_name).name)
+    recommended = getattr(PRETRAINED.get(model_name), "recommended", {})
+    values = dataclasses.asdict(config)
     for field in dataclasses.fields(config):
-        name, value = field.name, getattr(config, field.name)
-        low, high = field.metadata["within"] or (None, None)
-        if None not in (low, value) and not low <= value <= high:
+        name, (low, high) = field.name, field.metadata["within"] or (None, None)
+        if (value := values[name]) is None and low is not None:
+            value = values[name] = recommended.get(name, field.metadata["else_"])
+        if low is not None and not low <= value <= high:
             raise TrainingError(f"{name} is {value}; it must be from {low} to {high}")
         if value not in (choices := field.metadata.get("choices", (value,))):
             raise TrainingError(f"{name} is {value!r}; use one of {choices}")
-    low, high = config.min_learn_rate, config.max_learn_rate
-    if None not in (low, high) and low > high:
+    low, high = values["min_learn_rate"], values["max_learn_rate"]
+    if low > high:
         raise TrainingError(f"min_learn_rate {low} is above max_learn_rate {high}")
+    return TrainConfig(**values)
 
 
 def _choose_gpu(gpu: str | None) -> None:
@@ -1528,7 +1523,7 @@ def train(
     Raises DataError, PretrainedError, DownloadError, TrainingError; whatever happens,
     the last good model stays the latest.
     """
-    _check_config(config)
+    config = _resolve(config)
     columns = (config.text_column, config.label_column, config.models_dir)
     rest = load_examples("stackoverflow" if data is None else data, *columns)
     if test is None:
@@ -1546,16 +1541,15 @@ def train(
 class _Run:
     def __init__(self, config: TrainConfig, labels: list[str]) -> None:
         checkpoint_dir = fetch_pretrained(config.model_name, config.models_dir)
-        self.config, self.labels = _resolve(config, checkpoint_dir), labels
-        _check_config(self.config)
+        self.config, self.labels = config, labels
         self.tokenizer = load_tokenizer(checkpoint_dir)
         _choose_gpu(config.gpu)
         options = {"precision": config.precision, "seed": config.seed}
         self.model = build_model(checkpoint_dir, len(labels), **options)
         limits, n_pieces = self.model.config, self.tokenizer.vocab_size
-        if self.config.max_seq_len > (most := limits["max_position_embeddings"]):
+        if config.max_seq_len > (most := limits["max_position_embeddings"]):
             words = f"the model has positions for {most} tokens; lower max_seq_len"
-            raise TrainingError(f"{self.config.max_seq_len} tokens asked for, {words}")
+            raise TrainingError(f"{config.max_seq_len} tokens asked for, {words}")
         if n_pieces > limits["vocab_size"]:
             words = f"{limits['vocab_size']} in the model: take the one it came with"
             raise PretrainedError(f"{checkpoint_dir}: {n_pieces} pieces, {words}")
@@ -1864,9 +1858,8 @@ def create_app(
 
 def _start_request(g: Any, request: Any) -> None:
     given = request.headers.get("X-Request-Id", "")
-    g.request_id = (
-        given if re.fullmatch("[!-~]{1,128}", given) else os.urandom(16).hex()
-    )
+    is_fit = re.fullmatch("[!-~]{1,128}", given)
+    g.request_id = given if is_fit else os.urandom(16).hex()
     g.started = time.perf_counter()
 
 

@@ -2192,10 +2192,10 @@ def test_a_training_that_cannot_work_is_one_clear_error(
 def test_parameters_resolve_as_given_then_recommended_then_default():
     given = bertflask.TrainConfig(model_name="minilm_L-6_H-384_A-12", batch_size=7)
     row = bertflask.PRETRAINED[given.model_name].recommended
-    found = bertflask._resolve(given, Path(given.model_name))
+    found = bertflask._resolve(given)
     assert (found.batch_size, found.n_epochs) == (7, row["n_epochs"])
     assert found.max_seq_len == row.get("max_seq_len", 192)
-    defaults = bertflask._resolve(bertflask.TrainConfig(), Path("own"))
+    defaults = bertflask._resolve(bertflask.TrainConfig())
     assert dataclasses.asdict(defaults) | {} == dataclasses.asdict(
         bertflask.TrainConfig(
             batch_size=12, max_seq_len=192, n_epochs=10, max_learn_rate=3e-5,
