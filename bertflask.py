@@ -1404,9 +1404,8 @@ _GOLDEN_TEXTS = (
     "I am still waiting on my card, it was due two weeks ago! " * 8,
 )
 _PACKAGES = "tensorflow tf-keras bert-for-tf2 numpy tokenizers sentencepiece onnx"
-_MANIFEST_TYPES = {"do_lower_case": bool, "labels": list, "files": dict}
-_MANIFEST_TYPES |= dict.fromkeys(("format", "max_seq_len"), int)
-_MANIFEST_TYPES |= dict.fromkeys(("model_type", "trained_at"), str)
+_MANIFEST_TYPES = {"do_lower_case": bool, "labels": list, "files": dict, "format": int}
+_MANIFEST_TYPES |= {"max_seq_len": int, "model_type": str, "trained_at": str}
 
 
 def onnx_model(config: dict, weights: dict[str, np.ndarray]) -> bytes:
@@ -1424,12 +1423,8 @@ def onnx_model(config: dict, weights: dict[str, np.ndarray]) -> bytes:
     ids = value("ids", TensorProto.INT64, ["batch", "length"])
     size = ["batch", len(weights["classifier/bias"])]
     logits = value("logits", TensorProto.FLOAT, size)
-    used = {
-        name for node in graph.nodes for name in node.input
-    } & graph.variables.keys()
-    arrays = [
-        numpy_helper.from_array(graph.variables[key], key) for key in sorted(used)
-    ]
+    used = {x for node in graph.nodes for x in node.input} & graph.variables.keys()
+    arrays = [numpy_helper.from_array(graph.variables[x], x) for x in sorted(used)]
     parts = helper.make_graph(graph.nodes, "bertflask", [ids], [logits], arrays)
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(parts, opset_imports=opsets, ir_version=8)
@@ -1641,23 +1636,21 @@ class _Run:
         """Gives the complete run its final name, then makes it the latest."""
         os.rename(self.run_dir, self.final_dir)
         latest = {"model_dir": f"trained/{self.final_dir.name}"}
-        latest["model_type"] = self.model.config["model_type"]
-        latest["max_seq_len"] = self.config.max_seq_len
+        latest |= {"model_type": self.model.config["model_type"]}
+        latest |= {"max_seq_len": self.config.max_seq_len}
         _write_json(Path(self.config.models_dir, LATEST), latest)
         return self.final_dir
 
 
 def _model_card(manifest: dict) -> str:
     labels = "".join(f"- {' '.join(label.split())}\n" for label in manifest["labels"])
-    accuracy, macro_f1 = manifest["metrics"].values()
-    figures = "not evaluated"
-    if accuracy is not None:
-        figures = f"accuracy {accuracy:.4f}, macro F1 {macro_f1:.4f}"
+    metrics = manifest["metrics"].items()
+    figures = [f"{key} {value:.4f}" for key, value in metrics if value is not None]
     return f"""# Text classifier on {manifest["model_name"]}
 
 Fine-tuned by bertflask {manifest["bertflask"]} at {manifest["trained_at"]} UTC on
 {manifest["data"]["n"]} texts, cut at {manifest["max_seq_len"]} tokens. On texts held
-out: {figures}. This says nothing about texts of another kind or time.
+out: {", ".join(figures) or "none"}. This says nothing about texts of other kinds.
 
 Serve it: `python bertflask.py serve --run FOLDER`. Its labels:
 
