@@ -44,7 +44,7 @@ import urllib.request
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
@@ -384,7 +384,7 @@ def _read_object(path: Path, error: type = PretrainedError, **types: type) -> di
     return value
 
 
-# === 4. Dataset: read_examples, check_labels, split_examples, load_examples ===
+# === 4. Dataset: read_examples, check_examples, split_examples, load_examples ===
 
 # Columns of texts and of labels, most telling first; names in one string are equals.
 _TEXTS = "sentence utterance query question message content body review comment tweet"
@@ -537,6 +537,44 @@ def check_labels(examples: Examples) -> list[str]:
     return sorted(counts)
 
 
+def check_examples(examples: Examples) -> list[str]:
+    """What is doubtful in a data set, a sentence each, after one that sums it up.
+
+    Raises DataError as check_labels does.
+    """
+    check_labels(examples)
+    labels, n = examples.labels, len(examples.labels)
+    (most, n_most), *_, (least, n_least) = Counter(labels).most_common()
+    found = [f"{n} rows, {len(set(labels))} labels of {n_least} rows ({least!r}) to "]
+    found[0] += f"{n_most} ({most!r}: always it: {n_most / n:.1%})"
+    texts = [x for x in _groups(map(str.strip, examples.texts)) if len(x) > 1]
+    spellings = _groups(" ".join(label.casefold().split()) for label in labels)
+
+    def mixed(groups: list[list[int]]) -> list[list[int]]:
+        return [rows for rows in groups if len({labels[row] for row in rows}) > 1]
+
+    doubts = {
+        "texts come again": texts,
+        "texts have several labels": mixed(texts),
+        "labels are spelled in several ways": mixed(spellings),
+        "labels have one row": [rows for rows in _groups(labels) if len(rows) == 1],
+    }
+    lines = examples.lines or range(1, n + 1)
+    for words, groups in doubts.items():
+        if groups:
+            places = ", ".join(str(lines[i]) for i in groups[0][:5])
+            found.append(f"{len(groups)} {words}, first in line {places}")
+    return found
+
+
+def _groups(values: Iterable[str]) -> list[list[int]]:
+    """Row numbers of equal values together, in the order of their first."""
+    groups: dict[str, list[int]] = {}
+    for row, value in enumerate(values):
+        groups.setdefault(value, []).append(row)
+    return list(groups.values())
+
+
 def split_examples(
     examples: Examples, test_size: float, seed: int
 ) -> tuple[Examples, Examples]:
@@ -546,10 +584,7 @@ def split_examples(
     """
     if not 0 <= test_size < 1:
         raise DataError(f"test_size is {test_size}; give a share from 0 to below 1")
-    groups: dict[str, list[int]] = {}
-    for i, text in enumerate(examples.texts):
-        groups.setdefault(text.strip(), []).append(i)
-    shuffled = list(groups.values())
+    shuffled = _groups(map(str.strip, examples.texts))
     np.random.default_rng(seed).shuffle(shuffled)
     in_test = _draw(shuffled, examples.labels, test_size)
     columns, sides = vars(examples).values(), (~in_test, in_test)
@@ -2046,6 +2081,13 @@ def _models_command(models_dir: str) -> None:
 def _fetch_command(name: str, models_dir: str) -> None:
     """Make the pretrained model NAME ready and print its folder."""
     click.echo(fetch_pretrained(name, models_dir))
+
+
+@_command("check", "texts.csv", "text_column", "label_column", "models_dir")
+@click.argument("data")
+def _check_command(data: str, **place: str | None) -> None:
+    """Tell what is doubtful in DATA, with line numbers, before a training."""
+    click.echo("\n".join(check_examples(load_examples(data, **place))))
 
 
 @_command("train", "texts.csv --n-epochs 3", *TrainConfig.__annotations__)

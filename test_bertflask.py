@@ -56,6 +56,7 @@ from bertflask import (
     TrainConfig,
     batches_by_length,
     batches_by_tokens,
+    check_examples,
     check_labels,
     create_app,
     fetch_pretrained,
@@ -1191,6 +1192,30 @@ def test_label_with_one_row_is_reported_and_kept(caplog):
 def test_enough_labels_give_no_warning(caplog):
     assert check_labels(Examples(list("abcd"), list("yxyx"))) == ["x", "y"]
     assert not caplog.records
+
+
+DOUBTFUL = Examples(
+    ["a", "b", " a", "c", "a", "d"], ["x", "y", "x", "Y", "z", "y"], [2, 3, 5, 6, 8, 9]
+)
+
+
+@pytest.mark.parametrize(
+    "finding",
+    [
+        "6 rows, 4 labels of 1 rows ('z') to 2 ('x': always it: 33.3%)",
+        "1 texts come again, first in line 2, 5, 8",
+        "1 texts have several labels, first in line 2, 5, 8",
+        "1 labels are spelled in several ways, first in line 3, 6, 9",
+        "2 labels have one row, first in line 6",
+    ],
+)
+def test_the_check_tells_what_is_doubtful_and_where(finding):
+    assert finding in check_examples(DOUBTFUL)
+
+
+def test_the_check_of_plain_data_sums_it_up_alone():
+    data = Examples(["a", "b", "c", "d"], ["x", "y", "x", "y"])
+    assert len(check_examples(data)) == 1
 
 
 def numbered(n_rows):
@@ -3170,7 +3195,7 @@ def test_a_host_that_is_none_is_one_line(host):
 
 # === 13. Command line ===
 
-COMMANDS = "models fetch train evaluate predict serve".split()
+COMMANDS = "models fetch check train evaluate predict serve".split()
 
 
 class Lengths:
@@ -3467,7 +3492,7 @@ def test_serve_on_a_port_in_use_is_one_line(run):
         ("predict a", "Missing argument 'OUT.csv'"),
         ("serve --port 65536", "65536 is not in the range"),
         ("serve --threads 0", "0 is not in the range"),
-        ("check a.csv", "No such command 'check'"),
+        ("chek a.csv", "No such command 'chek'"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_exit_code_2(run, args, words):
