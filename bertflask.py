@@ -546,7 +546,7 @@ def check_examples(examples: Examples) -> list[str]:
     labels, n = examples.labels, len(examples.labels)
     (most, n_most), *_, (least, n_least) = Counter(labels).most_common()
     found = [f"{n} rows, {len(set(labels))} labels of {n_least} rows ({least!r}) to "]
-    found[0] += f"{n_most} ({most!r}: always it: {n_most / n:.1%})"
+    found[0] += f"{n_most} ({most!r}, a baseline of {n_most / n:.1%})"
     texts = [x for x in _groups(map(str.strip, examples.texts)) if len(x) > 1]
     spellings = _groups(" ".join(label.casefold().split()) for label in labels)
 

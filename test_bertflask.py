@@ -1202,7 +1202,7 @@ DOUBTFUL = Examples(
 @pytest.mark.parametrize(
     "finding",
     [
-        "6 rows, 4 labels of 1 rows ('z') to 2 ('x': always it: 33.3%)",
+        "6 rows, 4 labels of 1 rows ('z') to 2 ('x', a baseline of 33.3%)",
         "1 texts come again, first in line 2, 5, 8",
         "1 texts have several labels, first in line 2, 5, 8",
         "1 labels are spelled in several ways, first in line 3, 6, 9",
