@@ -410,10 +410,7 @@ class Examples:
 def read_examples(
     path: str | Path, text_column: str | None = None, label_column: str | None = None
 ) -> Examples:
-    """The rows of a CSV or TSV file that have a text and a label, in its order.
-
-    Raises DataError if the file cannot be read rightly or its columns are not clear.
-    """
+    """A CSV or TSV file's rows that have text and label; DataError if not readable."""
     table = _Table(Path(path), text_column, label_column)
     text, label = table.text_and_label(text_column, label_column)
     cells = ((row[text], row[label].strip()) for row in table.rows)
@@ -523,10 +520,7 @@ def _quote(names: list[str]) -> str:
 
 
 def check_labels(examples: Examples) -> list[str]:
-    """The labels, sorted; warns of those with one row, which cannot be tested.
-
-    Raises DataError if there are fewer than two, or not one a text.
-    """
+    """The labels, sorted; DataError if there are fewer than two, or not one a text."""
     texts, labels, counts = examples.texts, examples.labels, Counter(examples.labels)
     if len(counts) < 2 or len(texts) != len(labels):
         found = f"{len(texts)} texts, {len(labels)} labels, {len(counts)} distinct"
@@ -538,10 +532,7 @@ def check_labels(examples: Examples) -> list[str]:
 
 
 def check_examples(examples: Examples) -> list[str]:
-    """What is doubtful in a data set, a sentence each, after one that sums it up.
-
-    Raises DataError as check_labels does.
-    """
+    """What is doubtful, a sentence each, after a summary; DataError as check_labels."""
     check_labels(examples)
     labels, n = examples.labels, len(examples.labels)
     (most, n_most), *_, (least, n_least) = Counter(labels).most_common()
@@ -814,10 +805,7 @@ class _SentencePiece(Tokenizer):
 def load_tokenizer(
     checkpoint_dir: str | Path, do_lower_case: bool | None = None
 ) -> Tokenizer:
-    """The tokenizer of a checkpoint or trained run, which says its case if not given.
-
-    Raises PretrainedError if the vocabulary is missing or damaged.
-    """
+    """That of a checkpoint or run; PretrainedError if it is missing or damaged."""
     folder = Path(checkpoint_dir)
     paths = [folder / "vocab.txt", *sorted(folder.glob("*.model"))]
     if not (vocab_path := next(filter(Path.is_file, paths), None)):
@@ -1714,10 +1702,7 @@ def _write_json(path: Path, value: Any) -> None:
 def _open_session(
     run_dir: Path, config: dict, tokenizer: Tokenizer, tolerance: float
 ) -> Any:
-    """The run's ONNX Runtime session, on the GPU where onnxruntime-gpu is installed.
-
-    Raises ArtifactError unless it gives the logits of golden.json.
-    """
+    """The run's session, on a GPU if it can; ArtifactError unless as golden.json."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -1811,11 +1796,7 @@ class Classifier:
     def load(
         cls, run_dir: str | Path | None = None, models_dir: str | Path = "models"
     ) -> Classifier:
-        """The classifier of a run folder, by default the latest.
-
-        Raises ArtifactError if it is damaged, of another format or answers otherwise
-        than when it was trained.
-        """
+        """A run, by default the latest; ArtifactError unless it answers as trained."""
         run_dir = find_run(run_dir, models_dir)
         config = _load_manifest(run_dir)
         tokenizer = load_tokenizer(run_dir, config["do_lower_case"])
