@@ -532,26 +532,24 @@ def check_examples(examples: Examples) -> list[str]:
     """What is doubtful, a sentence each, after a summary; DataError as check_labels."""
     check_labels(examples)
     labels, n = examples.labels, len(examples.labels)
-    (most, n_most), *_, (least, n_least) = Counter(labels).most_common()
-    found = [f"{n} rows, {len(set(labels))} labels of {n_least} rows ({least!r}) to "]
-    found[0] += f"{n_most} ({most!r}, a baseline of {n_most / n:.1%})"
-    texts = [x for x in _groups(map(str.strip, examples.texts)) if len(x) > 1]
-    spellings = _groups(" ".join(label.casefold().split()) for label in labels)
-
-    def mixed(groups: list[list[int]]) -> list[list[int]]:
-        return [rows for rows in groups if len({labels[row] for row in rows}) > 1]
-
-    doubts = {
-        "texts come again": texts,
-        "texts have several labels": mixed(texts),
-        "labels are spelled in several ways": mixed(spellings),
-        "labels have one row": [rows for rows in _groups(labels) if len(rows) == 1],
-    }
-    lines = examples.lines or range(1, n + 1)
-    for words, groups in doubts.items():
+    (most, n_most), *_, (least, n_least) = counts = Counter(labels).most_common()
+    words = f"{n} rows, {len(counts)} labels of {n_least} ({least!r}) to {n_most} rows"
+    found = [f"{words} ({most!r}, a baseline of {n_most / n:.1%})"]
+    texts = [text.strip() for text in examples.texts]
+    spellings = [" ".join(label.casefold().split()) for label in labels]
+    for words, values, others in (
+        ("texts come again", texts, range(n)),
+        ("texts have several labels", texts, labels),
+        ("labels are spelled in several ways", spellings, labels),
+    ):
+        groups = [
+            rows for rows in _groups(values) if len({others[i] for i in rows}) > 1
+        ]
+        lines = [
+            (examples.lines or range(1, n + 1))[i] for rows in groups for i in rows
+        ]
         if groups:
-            places = ", ".join(str(lines[i]) for i in groups[0][:5])
-            found.append(f"{len(groups)} {words}, first in line {places}")
+            found.append(f"{len(groups)} {words}, first in lines {lines[:5]}")
     return found
 
 

@@ -1202,11 +1202,10 @@ DOUBTFUL = Examples(
 @pytest.mark.parametrize(
     "finding",
     [
-        "6 rows, 4 labels of 1 rows ('z') to 2 ('x', a baseline of 33.3%)",
-        "1 texts come again, first in line 2, 5, 8",
-        "1 texts have several labels, first in line 2, 5, 8",
-        "1 labels are spelled in several ways, first in line 3, 6, 9",
-        "2 labels have one row, first in line 6",
+        "6 rows, 4 labels of 1 ('z') to 2 rows ('x', a baseline of 33.3%)",
+        "1 texts come again, first in lines [2, 5, 8]",
+        "1 texts have several labels, first in lines [2, 5, 8]",
+        "1 labels are spelled in several ways, first in lines [3, 6, 9]",
     ],
 )
 def test_the_check_tells_what_is_doubtful_and_where(finding):
