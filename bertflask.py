@@ -408,43 +408,43 @@ def read_examples(
     path: str | Path, text_column: str | None = None, label_column: str | None = None
 ) -> Examples:
     """A CSV or TSV file's rows that have text and label; DataError if not readable."""
-    table = _Table(Path(path), text_column, label_column)
+    table = _Table(Path(path))
     text, label = table.text_and_label(text_column, label_column)
-    cells = ((row[text], row[label].strip()) for row in table.rows)
-    by_line = dict(zip(table.lines, cells))
-    full = {line: row for line, row in by_line.items() if all(map(str.strip, row))}
+    rows = [(x[text], x[label].strip(), n) for x, n in zip(table.rows, table.lines)]
+    full = [row for row in rows if row[0].strip() and row[1]]
     if not full:
         raise DataError(f"{path}: no row has both a text and a label; add some")
-    if empty := [line for line in by_line if line not in full]:
-        message = "%s: left out %d of %d rows without text or label (first: line %d)"
-        log.warning(message, path, len(empty), len(by_line), empty[0])
-    return Examples(*map(list, zip(*full.values())), list(full))
+    if n_empty := len(rows) - len(full):
+        log.warning("%s: left out %d rows without text or label", path, n_empty)
+    return Examples(*map(list, zip(*full)))
 
 
 class _Table:
     """A CSV or TSV file: names of its columns, rows and the line each row begins on."""
 
-    def __init__(self, path: Path, *given: str | None) -> None:
+    def __init__(self, path: Path) -> None:
         self.path, self.names, self.rows, self.lines = path, [], [], []
         stream = self._open()
         header = next(filter(str.strip, stream), "")
-        known = {*given, *" ".join(_TEXT_NAMES + _LABEL_NAMES).split()}
-
-        def score(delimiter: str) -> tuple[int, int]:
-            names = [x.strip() for x in next(csv.reader([header], delimiter=delimiter))]
-            return len(known & {*names, *map(str.lower, names)}), len(names)
-
-        delimiter = max(",;\t", key=score)
+        if "\0" in header:
+            raise DataError(f"{path}: line 1 has NULs; save the file as UTF-8")
+        delimiter = max("\t,;", key=header.count)
         stream.seek(0)
         reader, line = csv.reader(stream, delimiter=delimiter, strict=True), 1
         try:
             for row in reader:
-                self._add(line, row)
+                self.names = self.names or [name.strip() for name in row]
+                if len(row) not in (0, n := len(self.names)):
+                    raise csv.Error(f"{len(row)} fields where the header has {n}")
+                if row:
+                    self.rows.append(row)
+                    self.lines.append(line)
                 line = reader.line_num + 1
         except csv.Error as error:
             words = str(error).replace("unexpected end of data", "a quote stays open")
             advice = f'quote fields that contain {delimiter!r}, write " in them as ""'
             raise DataError(f"{path}: line {line}: {words}; {advice}") from None
+        del self.rows[:1], self.lines[:1]  # the header
         if not self.rows:
             raise DataError(f"{path}: no rows; add a text and a label below a header")
 
@@ -452,30 +452,15 @@ class _Table:
         csv.field_size_limit(2**31 - 1)  # csv refuses fields over 128 KiB by default
         try:
             data = self.path.read_bytes()
-            has_utf_16_mark = data[:2] in (b"\xff\xfe", b"\xfe\xff")
-            text = data.decode("utf-16" if has_utf_16_mark else "utf-8-sig")
+            codec = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+            return io.StringIO(data.decode(codec), newline="")
         except UnicodeDecodeError as error:
             before = error.object[: error.start].decode(error.encoding, "ignore")
-            line = len(re.findall("\r\n|\r|\n", before)) + 1
-            found = f"bytes {error.object[error.start : error.end].hex(' ')}"
-            words = f"{found} are not {error.encoding.upper()}; save the file as UTF-8"
-            raise DataError(f"{self.path}: line {line}: {words}") from None
+            line = len(re.split("\r\n|\r|\n", before))
+            words = f"line {line} is not {error.encoding.upper()}; save it as UTF-8"
+            raise DataError(f"{self.path}: {words}") from None
         except (OSError, ValueError) as error:
             raise DataError(f"cannot read {self.path}: {_one_line(error)}") from None
-        return io.StringIO(text, newline="")
-
-    def _add(self, line: int, row: list[str]) -> None:
-        if not self.names:  # the header, without a spreadsheet's empty columns
-            width = max((i for i, x in enumerate(row, 1) if x.strip()), default=0)
-            self.names = [name.strip() for name in row[:width]]
-            if "\0" in "".join(self.names):
-                raise csv.Error("the header has NULs, is it UTF-16 without a mark?")
-        elif row:
-            width = len(self.names)
-            if "".join(row[width:] if len(row) >= width else row).strip():
-                raise csv.Error(f"{len(row)} fields where the header has {width}")
-            self.rows.append((row + [""] * width)[:width])
-            self.lines.append(line)
 
     def find(self, given: str | None, known: tuple[str, ...]) -> int | None:
         """The column's place; None if no known name is there, or several equals."""
@@ -494,21 +479,18 @@ class _Table:
         text = self.find(text_column, _TEXT_NAMES)
         label = self.find(label_column, _LABEL_NAMES)
         if None in (text, label):
-            values = [{x.strip() for x in cells} - {""} for cells in zip(*self.rows)]
-            if again := [x for x, cells in zip(self.names, values) if x in cells]:
-                words = f"{self.path}: no header? {again[0][:40]!r} of the first row"
-                advice = "add a row such as text,label"
-                raise DataError(f"{words} comes again below; {advice}")
-            n = [len(cells) for cells in values]
-            for i, j in ((0, 1), (1, 0)) if len(n) == 2 else ():
+            sets = [{x.strip() for x in cells} - {""} for cells in zip(*self.rows)]
+            if again := [x for x, cells in zip(self.names, sets) if x in cells]:
+                words = f"no header? {again[0][:40]!r} of the first row comes again"
+                raise DataError(f"{self.path}: {words}; add a row such as text,label")
+            for i, j in ((0, 1), (1, 0)) if len(sets) == 2 else ():
                 # Either one tells the other; of two unknown ones, labels repeat.
-                repeats = text is label and 1 < n[i] >= 2 * n[j] - 1
+                repeats = text is label and 1 < len(sets[i]) >= 2 * len(sets[j]) - 1
                 if text == i or label == j or repeats:
                     text, label = i, j
         if None in (text, label) or text == label:
-            words = f"{self.path}: not clear which columns are text and label among"
-            advice = "name them with text_column and label_column"
-            raise DataError(f"{words} {_quote(self.names)}; {advice}")
+            words = f"{self.path}: name text_column and label_column, not clear among"
+            raise DataError(f"{words} {_quote(self.names)}")
         return text, label
 
 
@@ -2106,7 +2088,7 @@ def _predict_command(
     """Copy IN.csv to OUT.csv, with label and probability added."""
     if out_path.exists() and (not out_path.is_file() or out_path.samefile(in_path)):
         raise DataError(f"cannot write {out_path}: give a file other than {in_path}")
-    table = _Table(in_path, text_column)
+    table = _Table(in_path)
     column = table.find(text_column, _TEXT_NAMES)
     if column is None and len(table.names) > 1:
         words = f"{in_path}: not clear which column holds the texts among"
