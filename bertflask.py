@@ -44,7 +44,7 @@ import urllib.request
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
@@ -505,8 +505,8 @@ def check_labels(examples: Examples) -> list[str]:
         found = f"{len(texts)} texts, {len(labels)} labels, {len(counts)} distinct"
         raise DataError(f"{found}; give one label a text and at least two distinct")
     if single := sorted(label for label, n in counts.items() if n == 1):
-        message = "%d labels have one row, which is never in the test set: %s"
-        log.warning(message, len(single), _quote(single))
+        words = "%d labels have one row, never tested: %s"
+        log.warning(words, len(single), _quote(single))
     return sorted(counts)
 
 
@@ -514,71 +514,52 @@ def check_examples(examples: Examples) -> list[str]:
     """What is doubtful, a sentence each, after a summary; DataError as check_labels."""
     check_labels(examples)
     labels, n = examples.labels, len(examples.labels)
-    (most, n_most), *_, (least, n_least) = counts = Counter(labels).most_common()
-    words = f"{n} rows, {len(counts)} labels of {n_least} ({least!r}) to {n_most} rows"
-    found = [f"{words} ({most!r}, a baseline of {n_most / n:.1%})"]
-    texts = [text.strip() for text in examples.texts]
-    spellings = [" ".join(label.casefold().split()) for label in labels]
-    for words, values, others in (
-        ("texts come again", texts, range(n)),
-        ("texts have several labels", texts, labels),
-        ("labels are spelled in several ways", spellings, labels),
-    ):
-        groups = [
-            rows for rows in _groups(values) if len({others[i] for i in rows}) > 1
-        ]
-        lines = [
-            (examples.lines or range(1, n + 1))[i] for rows in groups for i in rows
-        ]
+    [(most, n_most), *_] = counts = Counter(labels).most_common()
+    found = [f"{n} rows, {len(counts)} labels, baseline {n_most / n:.1%} ({most!r})"]
+    lines = examples.lines or range(1, n + 1)
+    again = [rows for rows in _groups(examples.texts) if len(rows) > 1]
+    unlike = [rows for rows in again if len({labels[i] for i in rows}) > 1]
+    for words, groups in (("come again", again), ("have several labels", unlike)):
         if groups:
-            found.append(f"{len(groups)} {words}, first in lines {lines[:5]}")
+            places = [lines[i] for rows in groups for i in rows][:5]
+            found.append(f"{len(groups)} texts {words}, first in lines {places}")
     return found
 
 
-def _groups(values: Iterable[str]) -> list[list[int]]:
-    """Row numbers of equal values together, in the order of their first."""
+def _groups(texts: list[str]) -> list[list[int]]:
+    """Row numbers of equal texts together, in the order of their first."""
     groups: dict[str, list[int]] = {}
-    for row, value in enumerate(values):
-        groups.setdefault(value, []).append(row)
+    for row, text in enumerate(texts):
+        groups.setdefault(text.strip(), []).append(row)
     return list(groups.values())
 
 
 def split_examples(
     examples: Examples, test_size: float, seed: int
 ) -> tuple[Examples, Examples]:
-    """(rest, test): each label by its share, equal texts in one of them, file order.
-
-    A label with one distinct text stays in rest. Raises DataError on a bad test_size.
-    """
+    """(rest, test), by label, equal texts in one; DataError on a bad test_size."""
     if not 0 <= test_size < 1:
         raise DataError(f"test_size is {test_size}; give a share from 0 to below 1")
-    shuffled = _groups(map(str.strip, examples.texts))
+    shuffled = _groups(examples.texts)
     np.random.default_rng(seed).shuffle(shuffled)
-    in_test = _draw(shuffled, examples.labels, test_size)
+    by_label: dict[str, list[list[int]]] = {}
+    for rows in shuffled:  # those with several labels stay in rest
+        if len(own := {examples.labels[i] for i in rows}) == 1:
+            by_label.setdefault(own.pop(), []).append(rows)
+    in_test, carry = np.zeros(len(examples.labels), bool), 0.5 + 1e-9
+    spare = [groups for groups in by_label.values() if len(groups) > 1]
+    for groups in spare:
+        # With what rounding left: so rare labels get their share together.
+        wanted, carry = divmod(test_size * sum(map(len, groups)) + carry, 1)
+        for rows in groups[:-1]:  # no label leaves rest
+            if 2 * wanted >= len(rows):
+                wanted -= len(rows)
+                in_test[rows] = True
+    if test_size and spare and not in_test.any():  # one text is better than none
+        in_test[min((rows for groups in spare for rows in groups), key=len)] = True
     columns, sides = vars(examples).values(), (~in_test, in_test)
     rest, test = ([[*itertools.compress(x, side)] for x in columns] for side in sides)
     return Examples(*rest), Examples(*test)
-
-
-def _draw(groups: list[list[int]], labels: list[str], test_size: float) -> np.ndarray:
-    """Which rows are tested: whole groups, and never the last one of a label."""
-    left = Counter(label for rows in groups for label in {labels[i] for i in rows})
-    firsts = (labels[rows[0]] for rows in groups for _ in rows)
-    sizes = Counter(label for label in firsts if left[label] > 1)
-    # Rounded sums, not shares: so many rare labels get their share together.
-    sums = np.floor(test_size * np.cumsum(list(sizes.values())) + 0.5 + 1e-9)
-    wanted = dict(zip(sizes, np.diff(sums, prepend=0)))
-    in_test = np.zeros(len(labels), bool)
-    for rows in groups:
-        label, own = labels[rows[0]], {labels[i] for i in rows}
-        if 2 * wanted.get(label, 0) >= len(rows) and all(left[x] > 1 for x in own):
-            wanted[label] -= len(rows)
-            left.subtract(own)
-            in_test[rows] = True
-    if test_size and not in_test.any():  # one group is better than none
-        spare = [rows for rows in groups if all(left[labels[i]] > 1 for i in rows)]
-        in_test[min(spare, key=len, default=[])] = True
-    return in_test
 
 
 def load_examples(
