@@ -388,10 +388,9 @@ _TEXTS = "sentence utterance query question message content body review comment 
 _TEXT_NAMES = ("text", "post", _TEXTS)
 _LABELS = "labels tag class category intent target topic sentiment"
 _LABEL_NAMES = ("label", "tags", _LABELS)
-# The first twelve that are installed and have at least a hundred docstrings are used.
 _LIBRARIES = (
-    "numpy tensorflow flask werkzeug click jinja2 onnxruntime matplotlib asyncio email "
-    "importlib multiprocessing logging unittest http xml pydantic gunicorn tkinter"
+    "numpy tensorflow flask werkzeug click jinja2 onnxruntime matplotlib "
+    "asyncio email importlib multiprocessing"
 )
 
 
@@ -568,10 +567,7 @@ def load_examples(
     label_column: str | None = None,
     models_dir: str | Path = "models",
 ) -> Examples:
-    """The rows of a file, of stackoverflow or docstrings (built in), or data itself.
-
-    Raises DataError as read_examples does, DownloadError if a source cannot be fetched.
-    """
+    """Rows of a file or built-in source, or data itself; DataError, DownloadError."""
     if isinstance(data, Examples):
         return data
     if data == "docstrings":
@@ -592,10 +588,7 @@ def _read_docstrings() -> Examples:
     for library in _LIBRARIES.split():
         new = (text for text in _draw_docstrings(library) if text not in found)
         rows = dict.fromkeys(itertools.islice(new, 300), library)
-        if len(rows) >= 100:
-            found |= rows
-        if len({*found.values()}) == 12:
-            break
+        found |= rows if len(rows) >= 100 else {}
     return Examples([*found], [*found.values()])
 
 
@@ -616,9 +609,8 @@ def _draw_docstrings(library: str) -> Iterator[str]:
 
 def _first_paragraphs(path: Path) -> list[str]:
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    bad = (OSError, SyntaxError, ValueError, RecursionError)
     # Ignored: other people's invalid escapes.
-    with warnings.catch_warnings(action="ignore"), contextlib.suppress(*bad):
+    with warnings.catch_warnings(action="ignore"), contextlib.suppress(SyntaxError):
         tree = ast.walk(ast.parse(path.read_bytes()))
         texts = (ast.get_docstring(x) or "" for x in tree if isinstance(x, kinds))
         return [re.split(r"\n\s*\n", text)[0] for text in texts]
