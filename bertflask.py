@@ -669,15 +669,14 @@ def _albert(char: str) -> str:
 class Tokenizer:
     """Cuts texts into the pieces of its file `vocab_path`; threads may share it."""
 
-    specials = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+    specials = "[PAD] [UNK] [CLS] [SEP]"
 
     def __init__(self, path: Path, pieces: list[str], lower: bool | None) -> None:
         # The place is the id. Of a piece that is there twice, the last one counts.
         ids = {piece: i for i, piece in enumerate(pieces)}
-        pad_id, *_ = special_ids = [ids.pop(name, None) for name in self.specials]
-        if pad_id != 0 or None in special_ids:
-            names = " ".join(self.specials)
-            raise PretrainedError(f"{path} lacks one of {names}, or the first is not 0")
+        special_ids = [ids.pop(name, None) for name in self.specials.split()]
+        if special_ids[0] != 0 or None in special_ids:
+            raise PretrainedError(f"{path} needs {self.specials}, the first with id 0")
         _, self._unk_id, self._cls_id, self._sep_id = special_ids
         ids.pop("[MASK]", None)
         self._ids = ids  # without special pieces, so that no text can spell one
@@ -728,7 +727,7 @@ class _WordPiece(Tokenizer):
 
 
 class _SentencePiece(Tokenizer):
-    specials = ("<pad>", "<unk>", "[CLS]", "[SEP]")
+    specials = "<pad> <unk> [CLS] [SEP]"
 
     def __init__(self, vocab_path: Path, do_lower_case: bool | None) -> None:
         import sentencepiece
