@@ -3372,7 +3372,7 @@ def predict_file(run, content, *flags, out="out.csv"):
         ("text;n\n\n a;1\n;2\n", [[" a", "1", "short"], ["", "2", "short"]]),
         ('n\ttext\r\n1\t"x\ny"\r\n', [["1", "x\ny", "short"]]),
         ('\ufefftext\n"a\rb,""c"""\n', [['a\rb,"c"', "long"]]),
-        ('text,n,\n"\r",1,\n', [["\r", "1", "short"]]),
+        ('text,n,\n"\r",1,\n', [["\r", "1", "", "short"]]),
     ],
 )
 def test_predict_copies_every_row_and_adds_label_and_probability(run, content, rows):
