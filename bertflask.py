@@ -427,7 +427,8 @@ class _Table:
         header = next(filter(str.strip, stream), "")
         if "\0" in header:
             raise DataError(f"{path}: line 1 has NULs; save the file as UTF-8")
-        delimiter = max("\t,;", key=header.count)
+        fields = {x: next(csv.reader([header], delimiter=x)) for x in "\t,;"}
+        delimiter = max(fields, key=lambda char: len(fields[char]))
         stream.seek(0)
         reader, line = csv.reader(stream, delimiter=delimiter, strict=True), 1
         try:
@@ -609,8 +610,8 @@ def _draw_docstrings(library: str) -> Iterator[str]:
 
 def _first_paragraphs(path: Path) -> list[str]:
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    # Ignored: other people's invalid escapes.
-    with warnings.catch_warnings(action="ignore"), contextlib.suppress(SyntaxError):
+    bad = (SyntaxError, ValueError)  # and ignored are other people's invalid escapes
+    with warnings.catch_warnings(action="ignore"), contextlib.suppress(*bad):
         tree = ast.walk(ast.parse(path.read_bytes()))
         texts = (ast.get_docstring(x) or "" for x in tree if isinstance(x, kinds))
         return [re.split(r"\n\s*\n", text)[0] for text in texts]

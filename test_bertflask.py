@@ -1159,6 +1159,7 @@ def test_given_columns_win_over_known_names(read):
         ("text\tlabel", "a, b; c\tx"),
         ("text,label", "a;b\tc,x"),
         ('"text; raw","label"', '"a","x"'),
+        ('"so, text";label', '"a, b";x'),
     ],
 )
 def test_delimiter_is_that_of_the_header(read, header, row):
