@@ -1790,13 +1790,18 @@ def test_every_variable_of_googles_checkpoint_has_its_place(name, shared, tmp_pa
     (tmp_path / config_name).write_text(json.dumps(stored["config"]))
     model = bertflask.build_model(tmp_path, 2, load_weights=False)
     ours = {
-        bertflask._google_name(variable, model.config): list(value.shape)
+        bertflask._common_name(variable): list(value.shape)
         for variable, value in model.variables.items()
         if not variable.startswith("classifier/")
     }
+    assert len(ours) == len(model.variables) - 2
     not_encoder = re.compile(r"cls/|global_step$|.*/(adam_[mv]|Adam(_1)?)$")
-    theirs = stored["variables"].items()
-    assert ours == {k: v for k, v in theirs if not not_encoder.match(k)}
+    theirs = {
+        bertflask._common_name(variable): shape
+        for variable, shape in stored["variables"].items()
+        if not not_encoder.match(variable)
+    }
+    assert ours == theirs
 
 
 @st.composite
@@ -1810,7 +1815,7 @@ def small_configs(draw):
         "vocab_size": draw(st.integers(5, 50)),
         "max_position_embeddings": 20,
         "type_vocab_size": 2,
-        "hidden_act": draw(st.sampled_from(["gelu", "gelu_exact", "relu"])),
+        "hidden_act": draw(st.sampled_from(["gelu", "gelu_exact"])),
         "hidden_dropout_prob": 0.1,
         "attention_probs_dropout_prob": 0.1,
         "initializer_range": 0.3,
@@ -1980,7 +1985,9 @@ def test_a_misshapen_variable_is_an_error_that_names_it(tiny_bert_dir, tmp_path)
     config = json.loads((folder / "bert_config.json").read_text())
     config["intermediate_size"] += 1
     (folder / "bert_config.json").write_text(json.dumps(config))
-    with pytest.raises(bertflask.PretrainedError, match="intermediate.* has shape"):
+    with pytest.raises(
+        bertflask.PretrainedError, match=r"intermediate.* is \(.*, not \("
+    ):
         bertflask.build_model(folder, 3)
 
 
@@ -1988,6 +1995,7 @@ def test_a_misshapen_variable_is_an_error_that_names_it(tiny_bert_dir, tmp_path)
     ("change", "problem"),
     [
         ({"hidden_act": "swish"}, "hidden_act 'swish'"),
+        ({"hidden_act": "relu"}, "hidden_act 'relu'"),
         ({"hidden_size": None}, "hidden_size"),
         ({"num_hidden_groups": 2, "embedding_size": 8}, "num_hidden_groups 2"),
         ({"num_attention_heads": 7}, "num_attention_heads"),
@@ -2331,7 +2339,8 @@ def test_the_stored_weights_and_the_onnx_model_agree(
 ):
     model = bertflask.build_model(tiny_bert_dir, 3)
     with h5py.File(run_dir / "model.weights.h5") as file:
-        model.assign({name: file[name][()] for name in model.variables})
+        for name, variable in model.variables.items():
+            variable.assign(file[name][()])
     tokenizer = bertflask.load_tokenizer(run_dir)
     rows = tokenizer.encode(["how do i sort a red cat", "mat"], 16)
     expected = model.logits(bertflask.pad(rows))
