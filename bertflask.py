@@ -1100,20 +1100,16 @@ def learn_rate(
     min_learn_rate: float,
     warmup_proportion: float,
 ) -> float:
-    """The learning rate of optimizer step `step` = 0 ... n_steps - 1.
+    """The learning rate of optimizer step `step`; from `n_steps` on, the last step's.
 
-    Linear warm-up to `max_learn_rate`, then exponential decay that ends exactly at
-    `min_learn_rate`; never outside the two. A later step gets the last step's rate.
+    Linear warm-up to `max_learn_rate`, then exponential decay to `min_learn_rate`.
     """
     n_warmup, step = int(warmup_proportion * n_steps + 0.5), min(step, n_steps - 1)
-    # 1. warm-up
-    if step < n_warmup:
+    if step < n_warmup:  # 1. warm-up
         return max(min_learn_rate, max_learn_rate * ((step + 1) / n_warmup))
-    # 2. the last step, free of rounding
-    if step == n_steps - 1:
+    if step == n_steps - 1:  # 2. the last step, free of rounding
         return min_learn_rate
-    # 3. decay
-    done = (step - n_warmup + 1) / (n_steps - n_warmup)
+    done = (step - n_warmup + 1) / (n_steps - n_warmup)  # 3. decay
     rate = max_learn_rate * (min_learn_rate / max_learn_rate) ** done
     return min(max(rate, min_learn_rate), max_learn_rate)
 
