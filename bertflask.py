@@ -1156,8 +1156,7 @@ class TrainConfig:
 
 def _resolve(config: TrainConfig) -> TrainConfig:
     """`config` with numbers: as given, else recommended for the model, else default."""
-    model_name = re.sub(r"\.(zip|tar\.gz)$", "", Path(config.model_name).name)
-    recommended = getattr(PRETRAINED.get(model_name), "recommended", {})
+    recommended = getattr(PRETRAINED.get(config.model_name), "recommended", {})
     values = dataclasses.asdict(config)
     for field in dataclasses.fields(config):
         name, (low, high) = field.name, field.metadata["within"] or (None, None)
@@ -1167,9 +1166,8 @@ def _resolve(config: TrainConfig) -> TrainConfig:
             raise TrainingError(f"{name} is {value}; it must be from {low} to {high}")
         if value not in (choices := field.metadata.get("choices", (value,))):
             raise TrainingError(f"{name} is {value!r}; use one of {choices}")
-    low, high = values["min_learn_rate"], values["max_learn_rate"]
-    if low > high:
-        raise TrainingError(f"min_learn_rate {low} is above max_learn_rate {high}")
+    if values["min_learn_rate"] > (most := values["max_learn_rate"]):
+        raise TrainingError(f"min_learn_rate is above max_learn_rate {most}; lower it")
     return TrainConfig(**values)
 
 
@@ -1188,10 +1186,7 @@ def _choose_gpu(gpu: str | None) -> None:
 def _adam_w(variables: dict) -> Callable:
     """AdamW (Loshchilov & Hutter 2019), bias-corrected; steps count from 0."""
     tf, beta_1, beta_2 = _tensorflow(), 0.9, 0.999
-    moments = {
-        name: [tf.Variable(tf.zeros_like(v)) for _ in range(2)]
-        for name, v in variables.items()
-    }
+    moments = {k: [tf.Variable(0 * v) for _ in "mv"] for k, v in variables.items()}
 
     def apply(gradients: dict, step: Any, learn_rate: Any) -> None:
         n = tf.cast(step + 1, tf.float32)
@@ -1272,23 +1267,18 @@ class _Trainer:
         from tqdm import tqdm
 
         rng = np.random.default_rng([self.config.seed, epoch - 1])
-        lengths, sums = [len(ids) for ids in rows.token_ids], np.zeros(2)
+        lengths, size = [len(ids) for ids in rows.token_ids], self.config.batch_size
         name = f"epoch {epoch}/{self.config.n_epochs}"
-        with tqdm(total=len(lengths), desc=name, unit="text") as bar:
-            for batch in batches_by_length(lengths, self.config.batch_size, rng):
-                token_ids = pad([rows.token_ids[row] for row in batch])
-                label_ids, rate = rows.label_ids[batch], self._learn_rate()
-                figures = self.train_step(token_ids, label_ids, self.step, rate)
-                loss, accuracy = map(float, figures)
-                if not np.isfinite(loss):
-                    words = f"the loss is {loss} at step {self.step}; lower"
-                    words += f" max_learn_rate ({rate:g} now) or train in float32"
-                    raise TrainingError(words)
-                self._write("train", loss=loss, accuracy=accuracy, learn_rate=rate)
-                self.step += 1
-                bar.update(len(batch))
-                sums += len(batch) * np.array([loss, accuracy])
-                bar.set_postfix(zip(("loss", "accuracy"), sums / bar.n))
+        for batch in (bar := tqdm(batches_by_length(lengths, size, rng), name)):
+            token_ids = pad([rows.token_ids[row] for row in batch])
+            label_ids, rate = rows.label_ids[batch], self._learn_rate()
+            figures = self.train_step(token_ids, label_ids, self.step, rate)
+            loss, accuracy = map(float, figures)
+            if not np.isfinite(loss):
+                raise TrainingError(f"the loss is {loss}; lower max_learn_rate")
+            self._write("train", loss=loss, accuracy=accuracy, learn_rate=rate)
+            self.step += 1
+            bar.set_postfix(loss=loss, accuracy=accuracy)
 
     def _learn_rate(self) -> float:
         config, high = self.config, self.config.max_learn_rate
@@ -1297,9 +1287,10 @@ class _Trainer:
         return learn_rate(self.step, n_steps, high, low, config.warmup_proportion)
 
     def _validate(self, epoch: int, rows: _Rows) -> None:
-        logits = self.predict(rows.token_ids)
-        loss = _cross_entropy(logits, rows.label_ids)
-        accuracy = float(np.mean(logits.argmax(-1) == rows.label_ids))
+        logits, ids = self.predict(rows.token_ids).astype(float), rows.label_ids
+        chosen = logits[np.arange(len(ids)), ids]
+        loss = float(np.mean(np.logaddexp.reduce(logits, -1) - chosen))
+        accuracy = float(np.mean(logits.argmax(-1) == ids))
         log.info("epoch %d: validation loss %.4f, accuracy %.4f", epoch, loss, accuracy)
         scalars = {"loss": loss, "accuracy": accuracy, "learn_rate": self._learn_rate()}
         self._write("validation", **scalars)
@@ -1316,11 +1307,6 @@ class _Trainer:
         with self.writers[part].as_default(step=self.step):
             for name, value in scalars.items():
                 _tensorflow().summary.scalar(name, value)
-
-
-def _cross_entropy(logits: np.ndarray, label_ids: np.ndarray) -> float:
-    cross_entropy = _tensorflow().nn.sparse_softmax_cross_entropy_with_logits
-    return float(np.mean(cross_entropy(label_ids, logits.astype(np.float64))))
 
 
 # === 9. Evaluation: evaluate_predictions, plot_confusion_matrix ===
