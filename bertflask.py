@@ -1312,19 +1312,13 @@ class _Trainer:
 # === 9. Evaluation: evaluate_predictions, plot_confusion_matrix ===
 
 
-def evaluate_predictions(
-    true_labels: Sequence[str], predicted_labels: Sequence[str]
-) -> dict:
-    """`accuracy`, `macro_f1`, `n` and, `per_label`, precision, recall, f1 and support.
-
-    Macro F1 is the mean over the labels that occur in either list.
-    """
+def evaluate_predictions(true_labels: list[str], predicted_labels: list[str]) -> dict:
+    """`accuracy`, `macro_f1`, `n`; `per_label`: precision, recall, f1 and support."""
     from sklearn.metrics import precision_recall_fscore_support
 
     labels = sorted({*true_labels, *predicted_labels})
-    table = precision_recall_fscore_support(
-        true_labels, predicted_labels, labels=labels, zero_division=0
-    )
+    pairs = (true_labels, predicted_labels)
+    table = precision_recall_fscore_support(*pairs, labels=labels, zero_division=0)
     names = ("precision", "recall", "f1", "support")
     rows = [dict(zip(names, map(float, row))) for row in zip(*table)]
     accuracy = float(np.mean(np.array(true_labels) == np.array(predicted_labels)))
@@ -1333,29 +1327,25 @@ def evaluate_predictions(
 
 
 def plot_confusion_matrix(
-    true_labels: Sequence[str], predicted_labels: Sequence[str], path: Path
+    true_labels: list[str], predicted_labels: list[str], path: Path
 ) -> None:
     """Writes a PNG: rows are true labels in per cent, each cell with its count."""
     from matplotlib.figure import Figure
-    from sklearn.metrics import confusion_matrix
+    from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
     labels = sorted({*true_labels, *predicted_labels})
     counts = confusion_matrix(true_labels, predicted_labels, labels=labels)
     shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    size = min(4 + 0.5 * len(labels), 60)  # inches
-    axes = Figure((size + 2, size), dpi=100, layout="constrained").subplots()
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
-    axes.figure.colorbar(image, label="per cent of the true label", fraction=0.04)
     # "$" would start a formula
     names = [" ".join(label.split())[:40].replace("$", r"\$") for label in labels]
-    axes.set_xticks(range(len(labels)), names, rotation=90)
-    axes.set_yticks(range(len(labels)), names)
-    axes.set(xlabel="predicted", ylabel="true", title=f"{counts.sum()} test texts")
+    size = min(4 + 0.5 * len(labels), 60)  # inches
+    axes = Figure((size + 2, size), layout="constrained").subplots()
+    look = {"cmap": "Blues", "include_values": False, "xticks_rotation": 90}
+    look["im_kw"] = {"vmin": 0, "vmax": 100, "alpha": 0.5}  # pale: the notes are black
+    ConfusionMatrixDisplay(shares, display_labels=names).plot(ax=axes, **look)
     for row, column in np.argwhere(counts):
-        share = shares[row, column]
-        look = {"color": "white" if share > 50 else "black", "fontsize": 7}
-        note = f"{share:.0f} %\n{counts[row, column]}"
-        axes.text(column, row, note, ha="center", va="center", **look)
+        note = f"{shares[row, column]:.0f} %\n{counts[row, column]}"
+        axes.text(column, row, note, ha="center", va="center", fontsize=7)
     axes.figure.savefig(path)
 
 
