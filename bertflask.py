@@ -803,13 +803,13 @@ def batches_by_tokens(lengths: Sequence[int], token_budget: int) -> list[np.ndar
 # === 6. Model: read_config, Model, build_model ===
 
 HEAD_DROPOUT = 0.1
-_CONFIG_SIZES = (
-    "hidden_size intermediate_size max_position_embeddings num_attention_heads "
-    "num_hidden_layers type_vocab_size vocab_size"
+_CONFIG_NUMBERS = (
+    "attention_probs_dropout_prob hidden_dropout_prob hidden_size initializer_range "
+    "intermediate_size max_position_embeddings num_attention_heads num_hidden_layers "
+    "type_vocab_size vocab_size"
 )
 _EMBEDDINGS = "word position token_type".split()
 _EMBEDDINGS = [f"embeddings/{kind}_embeddings/embeddings" for kind in _EMBEDDINGS]
-_CONFIG_RATES = "attention_probs_dropout_prob hidden_dropout_prob initializer_range"
 _GELU_NAMES = {"gelu": "gelu_exact", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}
 
 
@@ -818,16 +818,12 @@ def _tensorflow() -> Any:
     """TensorFlow with Keras 2 under the names that bert-for-tf2 imports."""
     os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    kept = os.dup(2)  # TensorFlow's C++ writes a page before it reads its log level
-    with open(os.devnull, "wb") as null, contextlib.ExitStack() as after:
-        after.callback(os.close, kept)
-        after.callback(os.dup2, kept, 2)
-        os.dup2(null.fileno(), 2)
-        import tensorflow as tf
-        import tf_keras
+    import tensorflow as tf
+    import tf_keras
+
     if tf.keras.layers.Layer is not tf_keras.layers.Layer:
-        words = "tensorflow runs with Keras 3 already, but bert-for-tf2 needs Keras 2"
-        raise PretrainedError(f"{words}: set TF_USE_LEGACY_KERAS=1 before that import")
+        words = "set TF_USE_LEGACY_KERAS=1 before tensorflow is imported"
+        raise PretrainedError(f"tensorflow runs with Keras 3 already: {words}")
     # bert/attention.py and bert/transformer.py import TensorFlow's private Keras
     sys.modules["tensorflow.python"].keras = tf_keras
     sys.modules["tensorflow.python.keras"] = tf_keras
@@ -838,8 +834,7 @@ def _tensorflow() -> Any:
 def read_config(checkpoint_dir: str | Path) -> dict:
     """The encoder's configuration under Google's keys, whatever the folder's layout.
 
-    Added are `model_type` ("bert", "albert") and `layer_norm_eps`; `hidden_act` is
-    "gelu" (tanh form), "gelu_exact" or "relu". Raises PretrainedError.
+    Its `hidden_act` is "gelu" (tanh form) or "gelu_exact". Raises PretrainedError.
     """
     paths = [Path(checkpoint_dir, name) for name in _CONFIG_NAMES]
     if not (path := next(filter(Path.is_file, paths), None)):
@@ -848,29 +843,24 @@ def read_config(checkpoint_dir: str | Path) -> dict:
     albert, act = "embedding_size" in raw, str(raw.get("hidden_act"))
     if path.name == "config.json":  # whose "gelu" is the exact form
         act = _GELU_NAMES.get(act, act)
-    least = dict.fromkeys(_CONFIG_SIZES.split() + ["embedding_size"] * albert, 1)
-    least |= dict.fromkeys(_CONFIG_RATES.split(), 0.0)
+    keys = [*_CONFIG_NUMBERS.split(), "layer_norm_eps", *["embedding_size"] * albert]
     groups = ("num_hidden_groups", "inner_group_num")  # of ALBERT's layers
     wrong = [key for key in groups if raw.get(key, 1) != 1]
-    wrong += [] if act in ("gelu", "gelu_exact", "relu") else ["hidden_act"]
-    for key, low in least.items():
-        if type(raw.get(key)) not in (int, type(low)) or raw[key] < low:
-            wrong.append(key)
+    wrong += [] if act in ("gelu", "gelu_exact") else ["hidden_act"]
+    wrong += [key for key in keys if type(raw.get(key)) not in (int, float)]
     if not wrong and raw["hidden_size"] % raw["num_attention_heads"]:
         wrong = ["hidden_size", "num_attention_heads"]
     if wrong:
         found = ", ".join(f"{key} {raw.get(key)!r}" for key in wrong)
         raise PretrainedError(f"{path}: {found} does not work; take another model")
     added = {"model_type": "albert" if albert else "bert", "hidden_act": act}
-    return {key: raw[key] for key in (*least, "layer_norm_eps")} | added
+    return {key: raw[key] for key in keys} | added
 
 
 @dataclass(eq=False)
 class Model:
-    """A BERT or ALBERT encoder with its pooler and a classification head.
+    """A BERT or ALBERT encoder, as bert-for-tf2's with `mask_zero`, pooler and head.
 
-    It computes what bert-for-tf2's BertModelLayer does with `mask_zero` and segment 0,
-    for any batch size and length, without what only the other tokens' last layer needs.
     LayerNorm, softmax and logits are in float32. Methods take token ids [n, length],
     where 0 pads, and give float32 tensors.
     Letters below: B texts, L tokens, H hidden size, A heads, D = H / A.
@@ -886,11 +876,6 @@ class Model:
     def weights(self) -> dict[str, np.ndarray]:
         """A copy of all variables."""
         return {name: variable.numpy() for name, variable in self.variables.items()}
-
-    def assign(self, weights: dict[str, np.ndarray]) -> None:
-        """Sets all variables."""
-        for name, variable in self.variables.items():
-            variable.assign(weights[name])
 
     def encode_cls(self, token_ids: Any) -> Any:
         """The last layer's output at [CLS], [n, hidden]."""
@@ -957,9 +942,8 @@ class Model:
         return self._add_norm(x, y, f"{name}/output")
 
     def _activation(self, x: Any, name: str) -> Any:
-        y, act = self._dense(x, name), self.config["hidden_act"]
-        gelu = functools.partial(self.tf.nn.gelu, approximate=act == "gelu")
-        return self.tf.nn.relu(y) if act == "relu" else gelu(y)
+        is_tanh = self.config["hidden_act"] == "gelu"
+        return self.tf.nn.gelu(self._dense(x, name), approximate=is_tanh)
 
     def _add_norm(self, x: Any, y: Any, name: str) -> Any:
         y = self._float32(self._dense(y, f"{name}/dense"))
@@ -993,9 +977,7 @@ def build_model(
 ) -> Model:
     """The model of a checkpoint folder with a new head for `n_labels` labels.
 
-    Encoder and pooler come from the checkpoint (`load_weights`), the rest from `seed`.
-    Raises PretrainedError for a configuration that does not work and for a variable
-    that is missing or has another shape.
+    Raises PretrainedError for a configuration or a variable that does not fit.
     """
     tf, config = _tensorflow(), read_config(checkpoint_dir)
     import bert
@@ -1006,8 +988,7 @@ def build_model(
     params = stock.to_bert_model_layer_params()
     layer = bert.BertModelLayer.from_params(params, name="bert")
     layer([tf.zeros((1, 1), tf.int32)] * 2)  # makes the variables
-    names = (v.name.removeprefix("bert/").removesuffix(":0") for v in layer.weights)
-    variables = dict(zip(names, layer.weights, strict=True))
+    variables = {v.name[len("bert/") : -len(":0")]: v for v in layer.weights}
     hidden, scale = config["hidden_size"], config["initializer_range"]
     for name, width in (("pooler/dense", hidden), ("classifier", n_labels)):
         kernel = tf.random.truncated_normal((hidden, width), stddev=scale, seed=seed)
@@ -1019,57 +1000,44 @@ def build_model(
 
 
 def _load_weights(checkpoint_dir: Path, config: dict, variables: dict) -> None:
-    """Sets encoder and pooler from a checkpoint in Google's or Hugging Face's form."""
     path = checkpoint_dir / "model.safetensors"
     if is_hugging_face := path.exists():
         import safetensors
 
         reader = safetensors.safe_open(path, framework="numpy")
         keys = reader.keys()
-    elif path := next(checkpoint_dir.glob("*.ckpt*.index"), None):
+    else:
+        path = next(checkpoint_dir.glob("*.ckpt*.index"), path)
         reader = _tensorflow().train.load_checkpoint(str(path.with_suffix("")))
         keys = reader.get_variable_to_shape_map()
-    else:
-        raise PretrainedError(f"{checkpoint_dir}: no .ckpt.index, model.safetensors")
     stored = {_common_name(key): key for key in keys}
     for name in [name for name in variables if not name.startswith("classifier/")]:
-        google, shape = _google_name(name, config), variables[name].shape
-        if (key := stored.get(_common_name(google))) is None:
-            raise PretrainedError(f"{checkpoint_dir}: variable {google} is missing")
+        if (key := stored.get(_common_name(name))) is None:
+            raise PretrainedError(f"{path}: variable {name} is missing")
         array = np.asarray(reader.get_tensor(key), np.float32)
         if is_hugging_face and name.endswith(("kernel", "projector")):
             array = array.T
-        if array.shape != tuple(shape):
-            words = f"variable {google} has shape {array.shape}, needed is {shape}"
-            raise PretrainedError(f"{checkpoint_dir}: {words}")
+        if (shape := tuple(variables[name].shape)) != array.shape:
+            raise PretrainedError(f"{path}: {name} is {array.shape}, not {shape}")
         variables[name].assign(array)
 
 
-def _google_name(name: str, config: dict) -> str:
-    """The name of a variable in Google's checkpoint."""
-    import bert
-
-    name = f"bert/{name}"  # both functions below give None for the pooler
-    if config["model_type"] == "albert":
-        return bert.loader_albert.map_to_tfhub_albert_variable_name(name) or name
-    return bert.loader.map_to_stock_variable_name(name) or name
-
-
-# One replacement after the other makes Google's names and Hugging Face's the same.
+# In turn, they make bert-for-tf2's, Google's and Hugging Face's names the same.
 _COMMON_NAMES = (
     (r"/", "."),
-    (r"^(al)?bert\.", ""),
-    (r"(kernel|gamma)$", "weight"),  # gamma and beta: Hugging Face's too, of 2019
+    (r"^(al)?bert\.|\.dense", ""),
+    (r"(kernel|gamma|projector)$", "weight"),  # gamma: Hugging Face's too, of 2019
     (r"beta$", "bias"),
-    (r"_embeddings\.weight$", "_embeddings"),
-    (r"pooler\.dense", "pooler"),
+    (r"_embeddings\.(weight|embeddings)$", "_embeddings"),
+    (r"embeddings\.word_embeddings_projector", "encoder.embedding_hidden_mapping_in"),
     (r"encoder\.layer_", "encoder.layer."),
-    (r"transformer\.group_0\.inner_group_0", "albert_layer_groups.0.albert_layers.0"),
-    (r"0\.LayerNorm\.", "0.attention.LayerNorm."),
-    (r"LayerNorm_1", "full_layer_layer_norm"),
-    (r"attention_1\.(self|output)", "attention"),
-    (r"ffn_1\.intermediate\.output\.dense", "ffn_output"),
-    (r"ffn_1\.intermediate\.dense", "ffn"),
+    (r"transformer\.group_0\.inner_group_0", "layer.shared"),
+    (r"albert_layer_groups\.0\.albert_layers\.0", "layer.shared"),
+    (r"shared\.LayerNorm\.", "shared.attention.LayerNorm."),
+    (r"LayerNorm_1|full_layer_layer_norm", "output.LayerNorm"),
+    (r"attention(_1)?\.(self|output)", "attention"),
+    (r"ffn_1\.intermediate\.output|ffn_output", "output"),
+    (r"ffn_1\.intermediate|ffn", "intermediate"),
 )
 
 
@@ -1087,20 +1055,16 @@ def learn_rate(
     min_learn_rate: float,
     warmup_proportion: float,
 ) -> float:
-    """The learning rate of optimizer step `step` = 0 ... n_steps - 1.
+    """The learning rate of optimizer step `step`; from `n_steps` on, the last step's.
 
-    Linear warm-up to `max_learn_rate`, then exponential decay that ends exactly at
-    `min_learn_rate`; never outside the two. A later step gets the last step's rate.
+    Linear warm-up to `max_learn_rate`, then exponential decay to `min_learn_rate`.
     """
     n_warmup, step = int(warmup_proportion * n_steps + 0.5), min(step, n_steps - 1)
-    # 1. warm-up
-    if step < n_warmup:
+    if step < n_warmup:  # 1. warm-up
         return max(min_learn_rate, max_learn_rate * ((step + 1) / n_warmup))
-    # 2. the last step, free of rounding
-    if step == n_steps - 1:
+    if step == n_steps - 1:  # 2. the last step, free of rounding
         return min_learn_rate
-    # 3. decay
-    done = (step - n_warmup + 1) / (n_steps - n_warmup)
+    done = (step - n_warmup + 1) / (n_steps - n_warmup)  # 3. decay
     rate = max_learn_rate * (min_learn_rate / max_learn_rate) ** done
     return min(max(rate, min_learn_rate), max_learn_rate)
 
@@ -1147,8 +1111,7 @@ class TrainConfig:
 
 def _resolve(config: TrainConfig) -> TrainConfig:
     """`config` with numbers: as given, else recommended for the model, else default."""
-    model_name = re.sub(r"\.(zip|tar\.gz)$", "", Path(config.model_name).name)
-    recommended = getattr(PRETRAINED.get(model_name), "recommended", {})
+    recommended = getattr(PRETRAINED.get(config.model_name), "recommended", {})
     values = dataclasses.asdict(config)
     for field in dataclasses.fields(config):
         name, (low, high) = field.name, field.metadata["within"] or (None, None)
@@ -1158,9 +1121,8 @@ def _resolve(config: TrainConfig) -> TrainConfig:
             raise TrainingError(f"{name} is {value}; it must be from {low} to {high}")
         if value not in (choices := field.metadata.get("choices", (value,))):
             raise TrainingError(f"{name} is {value!r}; use one of {choices}")
-    low, high = values["min_learn_rate"], values["max_learn_rate"]
-    if low > high:
-        raise TrainingError(f"min_learn_rate {low} is above max_learn_rate {high}")
+    if values["min_learn_rate"] > (most := values["max_learn_rate"]):
+        raise TrainingError(f"min_learn_rate is above max_learn_rate {most}; lower it")
     return TrainConfig(**values)
 
 
@@ -1179,10 +1141,7 @@ def _choose_gpu(gpu: str | None) -> None:
 def _adam_w(variables: dict) -> Callable:
     """AdamW (Loshchilov & Hutter 2019), bias-corrected; steps count from 0."""
     tf, beta_1, beta_2 = _tensorflow(), 0.9, 0.999
-    moments = {
-        name: [tf.Variable(tf.zeros_like(v)) for _ in range(2)]
-        for name, v in variables.items()
-    }
+    moments = {k: [tf.Variable(0 * v) for _ in "mv"] for k, v in variables.items()}
 
     def apply(gradients: dict, step: Any, learn_rate: Any) -> None:
         n = tf.cast(step + 1, tf.float32)
@@ -1256,29 +1215,25 @@ class _Trainer:
             if validation.token_ids:
                 self._validate(epoch, validation)
         if validation.token_ids:
-            self.model.assign(self.best_weights)
+            for name, variable in self.model.variables.items():
+                variable.assign(self.best_weights[name])
 
     def _epoch(self, epoch: int, rows: _Rows) -> None:
         from tqdm import tqdm
 
         rng = np.random.default_rng([self.config.seed, epoch - 1])
-        lengths, sums = [len(ids) for ids in rows.token_ids], np.zeros(2)
+        lengths, size = [len(ids) for ids in rows.token_ids], self.config.batch_size
         name = f"epoch {epoch}/{self.config.n_epochs}"
-        with tqdm(total=len(lengths), desc=name, unit="text") as bar:
-            for batch in batches_by_length(lengths, self.config.batch_size, rng):
-                token_ids = pad([rows.token_ids[row] for row in batch])
-                label_ids, rate = rows.label_ids[batch], self._learn_rate()
-                figures = self.train_step(token_ids, label_ids, self.step, rate)
-                loss, accuracy = map(float, figures)
-                if not np.isfinite(loss):
-                    words = f"the loss is {loss} at step {self.step}; lower"
-                    words += f" max_learn_rate ({rate:g} now) or train in float32"
-                    raise TrainingError(words)
-                self._write("train", loss=loss, accuracy=accuracy, learn_rate=rate)
-                self.step += 1
-                bar.update(len(batch))
-                sums += len(batch) * np.array([loss, accuracy])
-                bar.set_postfix(zip(("loss", "accuracy"), sums / bar.n))
+        for batch in (bar := tqdm(batches_by_length(lengths, size, rng), name)):
+            token_ids = pad([rows.token_ids[row] for row in batch])
+            label_ids, rate = rows.label_ids[batch], self._learn_rate()
+            figures = self.train_step(token_ids, label_ids, self.step, rate)
+            loss, accuracy = map(float, figures)
+            if not np.isfinite(loss):
+                raise TrainingError(f"the loss is {loss}; lower max_learn_rate")
+            self._write("train", loss=loss, accuracy=accuracy, learn_rate=rate)
+            self.step += 1
+            bar.set_postfix(loss=loss, accuracy=accuracy)
 
     def _learn_rate(self) -> float:
         config, high = self.config, self.config.max_learn_rate
@@ -1287,9 +1242,10 @@ class _Trainer:
         return learn_rate(self.step, n_steps, high, low, config.warmup_proportion)
 
     def _validate(self, epoch: int, rows: _Rows) -> None:
-        logits = self.predict(rows.token_ids)
-        loss = _cross_entropy(logits, rows.label_ids)
-        accuracy = float(np.mean(logits.argmax(-1) == rows.label_ids))
+        logits, ids = self.predict(rows.token_ids).astype(float), rows.label_ids
+        chosen = logits[np.arange(len(ids)), ids]
+        loss = float(np.mean(np.logaddexp.reduce(logits, -1) - chosen))
+        accuracy = float(np.mean(logits.argmax(-1) == ids))
         log.info("epoch %d: validation loss %.4f, accuracy %.4f", epoch, loss, accuracy)
         scalars = {"loss": loss, "accuracy": accuracy, "learn_rate": self._learn_rate()}
         self._write("validation", **scalars)
@@ -1308,27 +1264,16 @@ class _Trainer:
                 _tensorflow().summary.scalar(name, value)
 
 
-def _cross_entropy(logits: np.ndarray, label_ids: np.ndarray) -> float:
-    cross_entropy = _tensorflow().nn.sparse_softmax_cross_entropy_with_logits
-    return float(np.mean(cross_entropy(label_ids, logits.astype(np.float64))))
-
-
 # === 9. Evaluation: evaluate_predictions, plot_confusion_matrix ===
 
 
-def evaluate_predictions(
-    true_labels: Sequence[str], predicted_labels: Sequence[str]
-) -> dict:
-    """`accuracy`, `macro_f1`, `n` and, `per_label`, precision, recall, f1 and support.
-
-    Macro F1 is the mean over the labels that occur in either list.
-    """
+def evaluate_predictions(true_labels: list[str], predicted_labels: list[str]) -> dict:
+    """`accuracy`, `macro_f1`, `n`; `per_label`: precision, recall, f1 and support."""
     from sklearn.metrics import precision_recall_fscore_support
 
     labels = sorted({*true_labels, *predicted_labels})
-    table = precision_recall_fscore_support(
-        true_labels, predicted_labels, labels=labels, zero_division=0
-    )
+    pairs = (true_labels, predicted_labels)
+    table = precision_recall_fscore_support(*pairs, labels=labels, zero_division=0)
     names = ("precision", "recall", "f1", "support")
     rows = [dict(zip(names, map(float, row))) for row in zip(*table)]
     accuracy = float(np.mean(np.array(true_labels) == np.array(predicted_labels)))
@@ -1337,29 +1282,25 @@ def evaluate_predictions(
 
 
 def plot_confusion_matrix(
-    true_labels: Sequence[str], predicted_labels: Sequence[str], path: Path
+    true_labels: list[str], predicted_labels: list[str], path: Path
 ) -> None:
     """Writes a PNG: rows are true labels in per cent, each cell with its count."""
     from matplotlib.figure import Figure
-    from sklearn.metrics import confusion_matrix
+    from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
     labels = sorted({*true_labels, *predicted_labels})
     counts = confusion_matrix(true_labels, predicted_labels, labels=labels)
     shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    size = min(4 + 0.5 * len(labels), 60)  # inches
-    axes = Figure((size + 2, size), dpi=100, layout="constrained").subplots()
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
-    axes.figure.colorbar(image, label="per cent of the true label", fraction=0.04)
     # "$" would start a formula
     names = [" ".join(label.split())[:40].replace("$", r"\$") for label in labels]
-    axes.set_xticks(range(len(labels)), names, rotation=90)
-    axes.set_yticks(range(len(labels)), names)
-    axes.set(xlabel="predicted", ylabel="true", title=f"{counts.sum()} test texts")
+    size = min(4 + 0.5 * len(labels), 60)  # inches
+    axes = Figure((size + 2, size), layout="constrained").subplots()
+    look = {"cmap": "Blues", "include_values": False, "xticks_rotation": 90}
+    look["im_kw"] = {"vmin": 0, "vmax": 100, "alpha": 0.5}  # pale: the notes are black
+    ConfusionMatrixDisplay(shares, display_labels=names).plot(ax=axes, **look)
     for row, column in np.argwhere(counts):
-        share = shares[row, column]
-        look = {"color": "white" if share > 50 else "black", "fontsize": 7}
-        note = f"{share:.0f} %\n{counts[row, column]}"
-        axes.text(column, row, note, ha="center", va="center", **look)
+        note = f"{shares[row, column]:.0f} %\n{counts[row, column]}"
+        axes.text(column, row, note, ha="center", va="center", fontsize=7)
     axes.figure.savefig(path)
 
 
@@ -1473,8 +1414,6 @@ class _Graph(Model):
         return self.fused("SkipLayerNormalization", y, x, *inputs, epsilon=eps)
 
     def _activation(self, x: str, name: str) -> str:
-        if self.config["hidden_act"] == "relu":
-            return self.op("Relu", self._dense(x, name))
         kind = "FastGelu" if self.config["hidden_act"] == "gelu" else "BiasGelu"
         return self.fused(kind, self.op("MatMul", x, f"{name}/kernel"), f"{name}/bias")
 

@@ -66,12 +66,22 @@ TINY_CONFIG = {
 }
 
 
+def google_name(name: str, model_type: str) -> str:
+    """The name of a variable in Google's checkpoint, as bert-for-tf2 maps it."""
+    import bert
+
+    name = f"bert/{name}"  # both functions below give None for the pooler
+    if model_type == "albert":
+        return bert.loader_albert.map_to_tfhub_albert_variable_name(name) or name
+    return bert.loader.map_to_stock_variable_name(name) or name
+
+
 def write_google_checkpoint(folder: Path, config_name: str, prefix: str) -> None:
     """Adds a checkpoint with random weights to a folder with a configuration."""
     tf = bertflask._tensorflow()
     model = bertflask.build_model(folder, n_labels=2, load_weights=False)
     stored = {
-        bertflask._google_name(name, model.config): variable.numpy()
+        google_name(name, model.config["model_type"]): variable.numpy()
         for name, variable in model.variables.items()
         if not name.startswith("classifier/")
     }

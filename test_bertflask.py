@@ -1787,13 +1787,18 @@ def test_every_variable_of_googles_checkpoint_has_its_place(name, shared, tmp_pa
     (tmp_path / config_name).write_text(json.dumps(stored["config"]))
     model = bertflask.build_model(tmp_path, 2, load_weights=False)
     ours = {
-        bertflask._google_name(variable, model.config): list(value.shape)
+        bertflask._common_name(variable): list(value.shape)
         for variable, value in model.variables.items()
         if not variable.startswith("classifier/")
     }
+    assert len(ours) == len(model.variables) - 2
     not_encoder = re.compile(r"cls/|global_step$|.*/(adam_[mv]|Adam(_1)?)$")
-    theirs = stored["variables"].items()
-    assert ours == {k: v for k, v in theirs if not not_encoder.match(k)}
+    theirs = {
+        bertflask._common_name(variable): shape
+        for variable, shape in stored["variables"].items()
+        if not not_encoder.match(variable)
+    }
+    assert ours == theirs
 
 
 @st.composite
@@ -1807,7 +1812,7 @@ def small_configs(draw):
         "vocab_size": draw(st.integers(5, 50)),
         "max_position_embeddings": 20,
         "type_vocab_size": 2,
-        "hidden_act": draw(st.sampled_from(["gelu", "gelu_exact", "relu"])),
+        "hidden_act": draw(st.sampled_from(["gelu", "gelu_exact"])),
         "hidden_dropout_prob": 0.1,
         "attention_probs_dropout_prob": 0.1,
         "initializer_range": 0.3,
@@ -1977,7 +1982,9 @@ def test_a_misshapen_variable_is_an_error_that_names_it(tiny_bert_dir, tmp_path)
     config = json.loads((folder / "bert_config.json").read_text())
     config["intermediate_size"] += 1
     (folder / "bert_config.json").write_text(json.dumps(config))
-    with pytest.raises(bertflask.PretrainedError, match="intermediate.* has shape"):
+    with pytest.raises(
+        bertflask.PretrainedError, match=r"intermediate.* is \(.*, not \("
+    ):
         bertflask.build_model(folder, 3)
 
 
@@ -1985,6 +1992,7 @@ def test_a_misshapen_variable_is_an_error_that_names_it(tiny_bert_dir, tmp_path)
     ("change", "problem"),
     [
         ({"hidden_act": "swish"}, "hidden_act 'swish'"),
+        ({"hidden_act": "relu"}, "hidden_act 'relu'"),
         ({"hidden_size": None}, "hidden_size"),
         ({"num_hidden_groups": 2, "embedding_size": 8}, "num_hidden_groups 2"),
         ({"num_attention_heads": 7}, "num_attention_heads"),
@@ -2133,8 +2141,10 @@ def test_one_trace_serves_all_batch_shapes(trainer):
 
 
 def test_the_epoch_with_the_best_validation_loss_is_kept(trainer, monkeypatch):
-    losses, kept = iter([3.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0]), []
-    monkeypatch.setattr(bertflask, "_cross_entropy", lambda logits, ids: next(losses))
+    margins, kept = iter([3.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0]), []
+    rows = rows_of([1, 2, 3], [0, 1, 0])
+    wrong = np.eye(2)[1 - rows.label_ids]
+    monkeypatch.setattr(trainer, "predict", lambda ids: next(margins) * wrong)
     validate = trainer._validate
 
     def remember(epoch, rows):
@@ -2142,7 +2152,6 @@ def test_the_epoch_with_the_best_validation_loss_is_kept(trainer, monkeypatch):
         validate(epoch, rows)
 
     monkeypatch.setattr(trainer, "_validate", remember)
-    rows = rows_of([1, 2, 3], [0, 1, 0])
     trainer.fit(rows, rows)
     now = trainer.model.weights()
     assert all(np.array_equal(now[name], kept[1][name]) for name in now)
@@ -2328,7 +2337,8 @@ def test_the_stored_weights_and_the_onnx_model_agree(
 ):
     model = bertflask.build_model(tiny_bert_dir, 3)
     with h5py.File(run_dir / "model.weights.h5") as file:
-        model.assign({name: file[name][()] for name in model.variables})
+        for name, variable in model.variables.items():
+            variable.assign(file[name][()])
     tokenizer = bertflask.load_tokenizer(run_dir)
     rows = tokenizer.encode(["how do i sort a red cat", "mat"], 16)
     expected = model.logits(bertflask.pad(rows))
