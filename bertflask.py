@@ -2008,16 +2008,10 @@ _PROGRAM = "python bertflask.py"
 _EXAMPLE = f"\b\nExample:\n  {_PROGRAM} "
 
 
-@click.group(
-    context_settings={"show_default": True},
-    epilog=f"{_EXAMPLE}train texts.csv --model-name minilm_L-6_H-384_A-12",
-)
+@click.group(context_settings={"show_default": True})
 @click.version_option(__version__)
 def _commands() -> None:
-    """Fine-tune BERT or ALBERT on a CSV of texts and labels, then serve it over HTTP.
-
-    Results go to standard output, everything else to standard error.
-    """
+    """Fine-tune BERT or ALBERT on a CSV of texts and labels, then serve it by HTTP."""
 
 
 def _flag(field: dataclasses.Field) -> click.Option:
@@ -2031,9 +2025,7 @@ def _flag(field: dataclasses.Field) -> click.Option:
 
 
 _FLAGS = {field.name: _flag(field) for field in dataclasses.fields(TrainConfig)}
-_FLAGS["run_dir"] = click.Option(
-    ["--run", "run_dir"], show_default="the latest", metavar="DIR", help="trained run"
-)
+_FLAGS["run_dir"] = click.Option(["--run", "run_dir"], help="folder, else the latest")
 
 
 def _command(name: str, example: str, *flags: str) -> Callable:
@@ -2044,12 +2036,9 @@ def _command(name: str, example: str, *flags: str) -> Callable:
 @_command("models", "", "models_dir")
 def _models_command(models_dir: str) -> None:
     """List known models. Use folders, archives, owner/name on Hugging Face too."""
-    line = "{:<32}{:<8}{:<12}{}".format
-    click.echo(line("model_name", "type", "case", "fetched"))
     for name, row in PRETRAINED.items():
-        fetched = "yes" if Path(models_dir, "pretrained", name).is_dir() else "no"
-        case = "lower-cases" if row.do_lower_case else "keeps"
-        click.echo(line(name, row.model_type, case, fetched))
+        fetched = "fetched" * Path(models_dir, "pretrained", name).is_dir()
+        click.echo(f"{name:<32}{row.model_type:<8}{fetched}".rstrip())
 
 
 @_command("fetch", "minilm_L-6_H-384_A-12", "models_dir")
@@ -2076,9 +2065,6 @@ def _train_command(data: str | None, test: str | None, **parameters: Any) -> Non
     """
     run_dir = train(TrainConfig(**parameters), data, test)
     metrics = json.loads((run_dir / "metrics.json").read_text("utf-8"))
-    if metrics["accuracy"] is not None:
-        path = run_dir / "confusion_matrix.png"
-        log.info("test accuracy %.4f, confusion matrix: %s", metrics["accuracy"], path)
     keys = ("accuracy", "macro_f1", "train_texts_per_s", "train_seconds")
     click.echo(json.dumps({"run_dir": str(run_dir)} | {x: metrics[x] for x in keys}))
 
@@ -2091,8 +2077,7 @@ def _evaluate_command(data: str, run_dir: str | None, **place: str | None) -> No
     classifier = Classifier.load(run_dir, place["models_dir"])
     predicted = [row.label for row in classifier.predict(examples.texts)]
     if unknown := Counter(x for x in examples.labels if x not in classifier.labels):
-        names = ", ".join(f"{label!r} ({n})" for label, n in sorted(unknown.items()))
-        log.warning("counted as wrong, since the model does not know them: %s", names)
+        log.warning("the model does not know, so counted as wrong: %s", dict(unknown))
     metrics = evaluate_predictions(examples.labels, predicted)
     click.echo(json.dumps({key: metrics[key] for key in ("accuracy", "macro_f1", "n")}))
 
@@ -2109,30 +2094,24 @@ def _predict_command(
     table = _Table(in_path, text_column)
     column = table.find(text_column, _TEXT_NAMES)
     if column is None and len(table.names) > 1:
-        words = f"{in_path}: not clear which column holds the texts among"
-        raise DataError(f"{words} {_quote(table.names)}; name it with --text-column")
+        raise DataError(f"{in_path}: choose --text-column among {_quote(table.names)}")
     predictions = Classifier.load(**place).predict([r[column or 0] for r in table.rows])
     names, added = table.names, ("label", "probability")
     names = [*names, *(f"predicted_{x}" if x in names else x for x in added)]
     with _replacing(out_path) as file:
-        delimiter = "\t" if out_path.suffix.lower() == ".tsv" else ","
-        writer = csv.writer(file, delimiter=delimiter)
+        writer = csv.writer(file)
         writer.writerow(names)
         for row, found in zip(table.rows, predictions, strict=True):
             writer.writerow([*row, found.label, found.probability])
-    log.info("%d rows with labels: %s", len(predictions), out_path)
 
 
 @_command("serve", "--host 0.0.0.0 --port 8080", "run_dir", "models_dir")
 @click.option("--host", default="127.0.0.1", help="address to listen on")
 @click.option("--port", default=5000, type=click.IntRange(0, 65535), help="0: any")
 @click.option("--threads", default=8, type=click.IntRange(1), help="requests at once")
-def _serve_command(threads: int, **arguments: Any) -> None:
-    """Answer HTTP requests until SIGTERM or Ctrl-C.
-
-    POST /predict {"x": ["text", ...]} gives a label and a probability for each text.
-    """
-    serve(**arguments, n_threads=threads)
+def _serve_command(**arguments: Any) -> None:
+    """Answer POST /predict {"x": ["text", ...]} until SIGTERM or Ctrl-C."""
+    serve(**arguments)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

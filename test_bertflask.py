@@ -3269,10 +3269,8 @@ def test_help_of_a_command_shows_defaults_and_an_example(run, command):
 @pytest.mark.parametrize("args", [[], ["--help"]])
 def test_help_lists_the_commands(run, args):
     code, out, _ = run(*args)
-    commands, example = out.split("Commands:\n")[1].split("\n\n")
-    listed = [line.split()[0] for line in commands.splitlines()]
+    listed = [line.split()[0] for line in out.split("Commands:\n")[1].splitlines()]
     assert (code, listed) == (0, sorted(COMMANDS))
-    assert "Example:\n    python bertflask.py train" in example
 
 
 def test_help_starts_without_a_heavy_package():
@@ -3311,9 +3309,7 @@ def test_train_ends_with_one_line_of_json(run, train_calls, tmp_path):
     assert train_calls == [(TrainConfig(), "a.csv", "b.csv")]
     figures = '"accuracy": 0.9, "macro_f1": 0.8, "train_texts_per_s": 7.5'
     assert out == f'{{"run_dir": "{tmp_path}", {figures}, "train_seconds": 4.0}}\n'
-    assert err == [
-        f"test accuracy 0.9000, confusion matrix: {tmp_path}/confusion_matrix.png"
-    ]
+    assert err == []
 
 
 def test_train_without_a_test_set_has_no_accuracy(run, train_calls, tmp_path):
@@ -3330,8 +3326,8 @@ def test_models_tells_which_are_fetched(run, tmp_path):
     (tmp_path / "there/pretrained/albert_base_v2").mkdir(parents=True)
     _, out, _ = run("models", "--models-dir", "there")
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines()}
-    assert rows["albert_base_v2"] == ["albert", "lower-cases", "yes"]
-    assert rows["cased_L-12_H-768_A-12"] == ["bert", "keeps", "no"]
+    assert rows["albert_base_v2"] == ["albert", "fetched"]
+    assert rows["cased_L-12_H-768_A-12"] == ["bert"]
 
 
 def test_fetch_prints_the_folder(run, replaced):
@@ -3345,7 +3341,7 @@ def test_evaluate_counts_unknown_labels_as_wrong_and_lists_them(run, replaced):
     replaced("load_examples", lambda *args, **kwargs: examples)
     code, out, err = run("evaluate", "test.csv")
     assert json.loads(out) == {"accuracy": 0.2, "macro_f1": 0.5, "n": 5}
-    assert (code, len(err)) == (0, 1) and err[0].endswith("them: 'new' (1), 'odd' (2)")
+    assert (code, len(err)) == (0, 1) and err[0].endswith("wrong: {'odd': 2, 'new': 1}")
 
 
 def test_evaluate_passes_on_what_it_was_given(run, replaced):
@@ -3360,13 +3356,12 @@ def test_evaluate_passes_on_what_it_was_given(run, replaced):
     assert calls == [(("docstrings",), columns)]
 
 
-def predict_file(run, content, *flags, out="out.csv"):
+def predict_file(run, content, *flags):
     Path("in.csv").write_text(content, "utf-8", newline="")
-    code, stdout, err = run("predict", "in.csv", out, *flags)
+    code, stdout, err = run("predict", "in.csv", "out.csv", *flags)
     assert (code, stdout) == (0, ""), err
-    with open(out, encoding="utf-8", newline="") as stream:
-        delimiter = "\t" if out.endswith(".tsv") else ","
-        return list(csv.reader(stream, delimiter=delimiter, strict=True))
+    with open("out.csv", encoding="utf-8", newline="") as stream:
+        return list(csv.reader(stream, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -3397,11 +3392,11 @@ def test_predict_keeps_columns_that_have_its_names(run, taken, added):
     assert predict_file(run, content)[0] == ["text", *taken.split(","), *added]
 
 
-def test_predict_writes_tabs_to_a_tsv_and_replaces_an_older_file(run, tmp_path):
-    (tmp_path / "out.tsv").write_text("old")
-    rows = predict_file(run, "post,x\na,b\n", out="out.tsv")
+def test_predict_replaces_an_older_file(run, tmp_path):
+    (tmp_path / "out.csv").write_text("old")
+    rows = predict_file(run, "post,x\na,b\n")
     assert rows == [["post", "x", "label", "probability"], ["a", "b", "short", "0.75"]]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.csv", "out.tsv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.csv", "out.csv"]
 
 
 def test_predict_takes_the_column_it_is_told(run):
@@ -3434,10 +3429,7 @@ def test_predict_changes_no_cell_of_any_table(fakes, tmp_path_factory, rows):
         (["in.csv", "no/out.csv"], "No such file or directory"),
         (["none.csv", "out.csv"], "cannot read none.csv: [Errno 2] No such file"),
         ([".", "out.csv"], "Is a directory"),
-        (
-            ["two.csv", "out.csv"],
-            "not clear which column holds the texts among 'a', 'b'; name",
-        ),
+        (["two.csv", "out.csv"], "two.csv: choose --text-column among 'a', 'b'"),
         (["two.csv", "out.csv", "--text-column", "c"], "0 columns are named 'c'"),
         (
             ["ragged.csv", "out.csv"],
@@ -3466,8 +3458,8 @@ def test_serve_passes_on_its_flags(run, replaced):
     replaced("serve", lambda **arguments: calls.append(arguments))
     assert run("serve") == run("serve", "--port", "80", "--threads", "2")
     defaults = {"run_dir": None, "models_dir": "models", "host": "127.0.0.1"}
-    assert calls[0] == defaults | {"port": 5000, "n_threads": 8}
-    assert calls[1] == defaults | {"port": 80, "n_threads": 2}
+    assert calls[0] == defaults | {"port": 5000, "threads": 8}
+    assert calls[1] == defaults | {"port": 80, "threads": 2}
 
 
 def test_serve_on_a_port_in_use_is_one_line(run):
