@@ -1795,7 +1795,7 @@ class Classifier:
         run_dir = find_run(run_dir, models_dir)
         config = _load_manifest(run_dir)
         tokenizer = load_tokenizer(run_dir, config["do_lower_case"])
-        session = _open_session(run_dir, config, tokenizer, _LOAD_TOLERANCE)
+        session = _open_model(run_dir, config, tokenizer, _LOAD_TOLERANCE)
         digest = config["files"]["model.onnx"][:8]
         name = f"{config['model_type'].upper()} {config['trained_at']} {digest}"
         return cls(name, config["labels"], config["max_seq_len"], tokenizer, session)
@@ -1807,11 +1807,10 @@ class Classifier:
     def predict(self, texts: Sequence[str], top_k: int = 1) -> list[Prediction]:
         """One Prediction a text, in order, with its `top_k` best labels."""
         found = []
-        for row, truncated in zip(*self._classify(texts)):
-            best = np.argsort(-row, kind="stable")[:top_k]
-            pairs = [(self.labels[i], float(row[i])) for i in best]
-            rows = [{"label": label, "probability": p} for label, p in pairs]
-            found.append(Prediction(*pairs[0], truncated, rows, self.name))
+        for p, truncated in zip(*self._classify(texts)):
+            best = np.argsort(-p, kind="stable")[:top_k]
+            rows = [{"label": self.labels[i], "probability": float(p[i])} for i in best]
+            found.append(Prediction(*rows[0].values(), truncated, rows, self.name))
         return found
 
     def _classify(self, texts: Sequence[str]) -> tuple[np.ndarray, list[bool]]:
@@ -1821,8 +1820,7 @@ class Classifier:
         for i in np.flatnonzero(truncated):
             token_ids[i] = np.delete(token_ids[i], -2)  # the last one stays [SEP]
         logits = np.empty((len(token_ids), len(self.labels)), np.float32)
-        lengths = [len(ids) for ids in token_ids]
-        for rows in batches_by_tokens(lengths, _PREDICTION_TOKENS):
+        for rows in batches_by_tokens([*map(len, token_ids)], _PREDICTION_TOKENS):
             batch = [token_ids[row] for row in rows]
             logits[rows] = self.session.run(None, {"ids": pad(batch)})[0]
         exp = np.exp(logits - logits.max(-1, keepdims=True))
@@ -1851,7 +1849,7 @@ def create_app(
     app = Flask(__name__, static_folder=None)
     app.json.sort_keys = False
     app.url_map.merge_slashes = False  # it redirects, with a page of HTML
-    app.before_request(functools.partial(_start_request, g, request))
+    app.before_request(functools.partial(_start_request, g))
     app.after_request(functools.partial(_log_request, g, request))
     app.register_error_handler(Exception, functools.partial(_answer_error, g))
     view = functools.partial(_predict, request, classifier, body, max_body_bytes)
@@ -1860,11 +1858,8 @@ def create_app(
     return app
 
 
-def _start_request(g: Any, request: Any) -> None:
-    given = request.headers.get("X-Request-Id", "")
-    is_fit = re.fullmatch("[!-~]{1,128}", given)
-    g.request_id = given if is_fit else os.urandom(16).hex()
-    g.started = time.perf_counter()
+def _start_request(g: Any) -> None:
+    g.request_id, g.started = os.urandom(16).hex(), time.perf_counter()
 
 
 def _predict(request: Any, classifier: Any, kind: Any, limit: int) -> dict[str, Any]:
@@ -1903,7 +1898,6 @@ def _read_body(request: Any, kind: Any, limit: int) -> Any:
 def _answer_error(g: Any, error: Exception) -> tuple[dict, int, dict[str, str]]:
     from werkzeug.exceptions import HTTPException
 
-    # in seconds
     headers = {"Retry-After": "1"} if getattr(error, "status", 0) == 429 else {}
     if isinstance(error, HTTPException):  # 404, 405
         headers = {key: v for key, v in error.get_headers() if key == "Allow"}
@@ -1934,7 +1928,7 @@ def _log_request(g: Any, request: Any, response: flask.Response) -> flask.Respon
 
 
 def serve(
-    run_dir: str | None, models_dir: str, host: str, port: int, n_threads: int
+    run_dir: str | None, models_dir: str, host: str, port: int, threads: int
 ) -> None:
     """Serves a run until SIGTERM or SIGINT; then answers what was accepted, and exits.
 
@@ -1942,15 +1936,13 @@ def serve(
     """
     from gunicorn.app.base import BaseApplication
 
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listener = socket.create_server((host, port), family=family, backlog=2048)
+        listener = socket.create_server((host, port), backlog=2048)
     except (OSError, UnicodeError) as error:
         words = f"cannot listen on {host} port {port}: {_one_line(error)}"
         raise ServerError(f"{words}; give another --port") from None
-    name = f"[{host}]" if ":" in host else host
-    url = f"http://{name}:{listener.getsockname()[1]}"
-    settings = _GUNICORN | {"bind": f"fd://{listener.detach()}", "threads": n_threads}
+    url = f"http://{host}:{listener.getsockname()[1]}"
+    settings = _GUNICORN | {"bind": f"fd://{listener.detach()}", "threads": threads}
 
     class Server(BaseApplication):
         def load_config(self) -> None:

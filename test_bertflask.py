@@ -2860,7 +2860,7 @@ def test_an_unknown_limit_is_a_type_error():
 
 
 def test_a_request_is_one_json_line_with_seven_keys(limited_client, request_log):
-    headers = {"User-Agent": "née\x7f", "X-Request-Id": "id-1"}
+    headers = {"User-Agent": "née\x7f"}
     response = post(limited_client, {"x": ["S3cret"], "top_k": 2}, headers=headers)
     (entry,) = request_log()
     assert list(entry) == KEYS.split()
@@ -2871,7 +2871,7 @@ def test_a_request_is_one_json_line_with_seven_keys(limited_client, request_log)
         "status_code": 200,
         "user_ip": "127.0.0.1",
         "user_agent": "née\x7f",
-        "request_id": "id-1",
+        "request_id": response.headers["X-Request-Id"],
     }
 
 
@@ -2903,18 +2903,10 @@ def test_the_log_never_quotes_the_body(limited_client, caplog, body):
     assert "request_id" in caplog.text and "S3cret" not in caplog.text
 
 
-@pytest.mark.parametrize("given_id", ["a", "0" * 128, "!~/\\\"'"])
-def test_a_sane_request_id_is_kept(limited_client, request_log, given_id):
-    response = limited_client.get("/health_check", headers={"X-Request-Id": given_id})
-    assert (
-        response.headers["X-Request-Id"] == request_log()[0]["request_id"] == given_id
-    )
-
-
-@pytest.mark.parametrize("given_id", ["", "a b", "é", "0" * 129, "\x00", "a\tb"])
-def test_any_other_request_id_is_replaced(limited_client, given_id):
-    response = limited_client.get("/health_check", headers={"X-Request-Id": given_id})
-    assert re.fullmatch("[0-9a-f]{32}", response.headers["X-Request-Id"])
+def test_every_request_has_an_id_of_its_own(limited_client, request_log):
+    found = [limited_client.get("/health_check").headers["X-Request-Id"] for _ in "ab"]
+    assert [entry["request_id"] for entry in request_log()] == found
+    assert found[0] != found[1] and re.fullmatch("[0-9a-f]{32}", found[0])
 
 
 def assert_right_shape(response):
@@ -2967,13 +2959,11 @@ def test_any_texts_are_answered_in_order_or_refused(
 HEADER = st.text(st.characters(max_codepoint=255, exclude_characters="\r\n"))
 
 
-@given(HEADER, HEADER, HEADER)
-def test_any_headers_get_json(limited_client, agent, request_id, kind):
-    names = ("User-Agent", "X-Request-Id", "Content-Type")
-    headers = dict(zip(names, (agent, request_id, kind)))
+@given(HEADER, HEADER)
+def test_any_headers_get_json(limited_client, agent, kind):
+    headers = {"User-Agent": agent, "Content-Type": kind}
     response = post(limited_client, {"x": ["a"]}, headers=headers)
     assert response.status_code == 200
-    assert re.fullmatch("[!-~]{1,128}", response.headers["X-Request-Id"])
 
 
 # The path goes past the test client, which takes "//\x80" for the name of a host.
@@ -3100,7 +3090,7 @@ def test_the_curl_line_of_a_started_server_works(served):
 
 
 def test_a_started_server_logs_a_request_as_a_line_of_json(served):
-    served.post('{"x": ["a"]}', {"X-Request-Id": "of-the-log"})
+    served.post('{"x": ["a"]}')
     entry = json.loads(served.wait_for('{"endpoint": "/predict"'))
     assert list(entry) == KEYS.split()
 
