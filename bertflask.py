@@ -46,7 +46,6 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TextIO
@@ -1410,9 +1409,9 @@ def plot_confusion_matrix(
 
 # === 10. Artifact: onnx_model, train, find_run ===
 
+Data = str | Path | Examples | None  # a path or a built-in source's name; examples
 FORMAT = 1  # of config.json
 LATEST = "latest_model_config.json"
-_STAMP = "%Y%m%d%H%M%S"  # UTC, how the name of a run begins
 _EXPORT_TOLERANCE, _LOAD_TOLERANCE = 1e-4, 1e-3  # of logits
 # Not rows of the training data, which may be private.
 _GOLDEN_TEXTS = (
@@ -1427,11 +1426,9 @@ _MANIFEST_TYPES |= {"max_seq_len": int, "model_type": str, "trained_at": str}
 
 
 def onnx_model(config: dict, weights: dict[str, np.ndarray]) -> bytes:
-    """The ONNX graph from `ids` int64 [batch, length] to `logits`, weights inside.
+    """The ONNX graph from `ids` int64 [batch, length] to `logits`, built node by node.
 
-    Built node by node from ONNX Runtime's fused BERT operators (domain com.microsoft),
-    so nothing is traced or converted. `weights` are `Model.weights()`; an array that
-    several layers share is stored once.
+    `weights` are `Model.weights()`; one that several layers share is stored once.
     """
     from onnx import TensorProto, helper, numpy_helper
 
@@ -1451,10 +1448,7 @@ def onnx_model(config: dict, weights: dict[str, np.ndarray]) -> bytes:
 
 @dataclass(eq=False)
 class _Graph(Model):
-    """The same model, whose tensors are names of outputs of ONNX nodes.
-
-    `variables` are arrays that the nodes may name as inputs; [CLS] rows are [B, 1, H].
-    """
+    """The same model, whose tensors are names in an ONNX graph; [CLS] is [B, 1, H]."""
 
     nodes: list = dataclasses.field(default_factory=list)
 
@@ -1524,16 +1518,11 @@ class _Graph(Model):
         return self.fused(kind, self.op("MatMul", x, f"{name}/kernel"), f"{name}/bias")
 
 
-def train(
-    config: TrainConfig,
-    data: str | Path | Examples | None = None,
-    test: str | Path | Examples | None = None,
-) -> Path:
+def train(config: TrainConfig, data: Data = None, test: Data = None) -> Path:
     """The folder of the finished run, which is the latest model from then on.
 
-    `data` and `test` are a path, a built-in source's name or Examples; without `data`
-    the Stack Overflow posts, without `test` a share `test_size` of `data` is held out.
-    Raises DataError, PretrainedError, DownloadError, TrainingError; whatever happens,
+    Without `data` it takes the Stack Overflow posts, without `test` a part of `data`.
+    Raises DataError, PretrainedError, DownloadError, TrainingError, ArtifactError; then
     the last good model stays the latest.
     """
     config = _resolve(config)
@@ -1559,40 +1548,36 @@ class _Run:
         _choose_gpu(config.gpu)
         options = {"precision": config.precision, "seed": config.seed}
         self.model = build_model(checkpoint_dir, len(labels), **options)
-        limits, n_pieces = self.model.config, self.tokenizer.vocab_size
-        if config.max_seq_len > (most := limits["max_position_embeddings"]):
-            words = f"the model has positions for {most} tokens; lower max_seq_len"
-            raise TrainingError(f"{config.max_seq_len} tokens asked for, {words}")
-        if n_pieces > limits["vocab_size"]:
-            words = f"{limits['vocab_size']} in the model: take the one it came with"
-            raise PretrainedError(f"{checkpoint_dir}: {n_pieces} pieces, {words}")
+        sizes, n = self.model.config, self.tokenizer.vocab_size
+        if config.max_seq_len > (most := sizes["max_position_embeddings"]):
+            raise TrainingError(f"lower max_seq_len: the model has {most} positions")
+        if n > (most := sizes["vocab_size"]):
+            raise PretrainedError(f"{checkpoint_dir}: {n} pieces, take its own {most}")
 
     def make_dir(self) -> Path:
         """Makes `trained/<UTC>_<model name>.unfinished`, for this process alone."""
-        path, trained_dir = Path(self.config.model_name), self.config.models_dir
+        path, models_dir = Path(self.config.model_name), self.config.models_dir
         name = path.resolve().name if path.exists() else str(path).replace("/", "--")
         while True:
-            stamp = time.strftime(_STAMP, time.gmtime())
-            self.final_dir = Path(trained_dir, "trained", f"{stamp}_{name}")
+            self.trained_at = time.gmtime()
+            stamp = time.strftime("%Y%m%d%H%M%S", self.trained_at)
+            self.final_dir = Path(models_dir, "trained", f"{stamp}_{name}")
             self.run_dir = Path(f"{self.final_dir}.unfinished")
             with contextlib.suppress(FileExistsError):
-                if not self.final_dir.exists():
-                    self.run_dir.mkdir(parents=True)
-                    return self.run_dir
+                self.run_dir.mkdir(parents=True)
+                return self.run_dir
             time.sleep(0.2)  # the second is taken by another run
 
     def encode(self, examples: Examples) -> _Rows:
         token_ids = self.tokenizer.encode(examples.texts, self.config.max_seq_len)
         number = {label: i for i, label in enumerate(self.labels)}
-        label_ids = [number[label] for label in examples.labels]
-        return _Rows(token_ids, np.array(label_ids, np.int32))
+        return _Rows(token_ids, np.fromiter(map(number.get, examples.labels), np.int32))
 
     def evaluate(self, trainer: _Trainer, examples: Examples) -> dict:
         """The content of metrics.json; draws the confusion matrix if there are rows."""
-        rate = self.config.n_epochs * trainer.n_rows / trainer.seconds
+        seconds, n = trainer.seconds, self.config.n_epochs * trainer.n_rows
         metrics = {"accuracy": None, "macro_f1": None, "validation": trainer.history}
-        metrics["train_texts_per_s"] = round(rate, 1)
-        metrics["train_seconds"] = round(trainer.seconds, 1)
+        metrics |= {"train_texts_per_s": n / seconds, "train_seconds": seconds}
         if examples.texts:
             token_ids = self.tokenizer.encode(examples.texts, self.config.max_seq_len)
             predicted = [self.labels[i] for i in trainer.predict(token_ids).argmax(-1)]
@@ -1617,11 +1602,11 @@ class _Run:
         _write_json(run_dir / "metrics.json", metrics)
         _write_json(run_dir / f"{model_type}_config.json", config)
         manifest = self.manifest(examples, metrics)
-        _open_session(run_dir, manifest, self.tokenizer, _EXPORT_TOLERANCE)
+        _open_model(run_dir, manifest, self.tokenizer, _EXPORT_TOLERANCE)
         files = ("model.onnx", vocab_name, "golden.json")
         manifest["files"] = {name: _digest(run_dir / name) for name in files}
         _write_json(run_dir / "config.json", manifest)
-        (run_dir / "README.md").write_text(_model_card(manifest), "utf-8")
+        (run_dir / "README.md").write_text(_MODEL_CARD.format_map(manifest), "utf-8")
 
     def manifest(self, examples: Examples, metrics: dict) -> dict:
         rows = json.dumps([examples.texts, examples.labels]).encode()
@@ -1632,7 +1617,7 @@ class _Run:
             "model_type": self.model.config["model_type"],
             "do_lower_case": self.tokenizer.do_lower_case,
             "labels": self.labels,
-            "trained_at": f"{datetime.strptime(self.run_dir.name[:14], _STAMP)}",
+            "trained_at": time.strftime("%Y-%m-%d %H:%M:%S", self.trained_at),
             "metrics": {key: metrics[key] for key in ("accuracy", "macro_f1")},
             "data": {"n": len(examples.texts), "sha256": digest},
             "versions": {name: version(name) for name in _PACKAGES.split()},
@@ -1645,34 +1630,25 @@ class _Run:
         token_ids = self.tokenizer.encode(_GOLDEN_TEXTS, self.config.max_seq_len)
         with _tensorflow().device("/CPU:0"):
             logits = model.logits(pad(token_ids)).numpy()
-        return [
-            {"text": text, "token_ids": ids.tolist(), "logits": row.tolist()}
-            for text, ids, row in zip(_GOLDEN_TEXTS, token_ids, logits)
-        ]
+        rows = zip(_GOLDEN_TEXTS, (ids.tolist() for ids in token_ids), logits.tolist())
+        return [dict(zip(("text", "token_ids", "logits"), row)) for row in rows]
 
     def publish(self) -> Path:
         """Gives the complete run its final name, then makes it the latest."""
         os.rename(self.run_dir, self.final_dir)
         latest = {"model_dir": f"trained/{self.final_dir.name}"}
-        latest |= {"model_type": self.model.config["model_type"]}
-        latest |= {"max_seq_len": self.config.max_seq_len}
+        latest["model_type"] = self.model.config["model_type"]
+        latest["max_seq_len"] = self.config.max_seq_len
         _write_json(Path(self.config.models_dir, LATEST), latest)
         return self.final_dir
 
 
-def _model_card(manifest: dict) -> str:
-    labels = "".join(f"- {' '.join(label.split())}\n" for label in manifest["labels"])
-    metrics = manifest["metrics"].items()
-    figures = [f"{key} {value:.4f}" for key, value in metrics if value is not None]
-    return f"""# Text classifier on {manifest["model_name"]}
+_MODEL_CARD = """# Text classifier on {model_name}
 
-Fine-tuned by bertflask {manifest["bertflask"]} at {manifest["trained_at"]} UTC on
-{manifest["data"]["n"]} texts, cut at {manifest["max_seq_len"]} tokens. On texts held
-out: {", ".join(figures) or "none"}. This says nothing about texts of other kinds.
-
-Serve it: `python bertflask.py serve --run FOLDER`. Its labels:
-
-{labels}"""
+Fine-tuned by bertflask {bertflask} at {trained_at} UTC on {data[n]} texts, cut at
+{max_seq_len} tokens. On texts held out, which says nothing about texts of other kinds:
+accuracy {metrics[accuracy]}, macro F1 {metrics[macro_f1]}. Its labels: {labels}.
+"""
 
 
 @contextlib.contextmanager
@@ -1694,70 +1670,61 @@ def _write_json(path: Path, value: Any) -> None:
         json.dump(value, file, indent=1, ensure_ascii=False)
 
 
-def _open_session(
-    run_dir: Path, config: dict, tokenizer: Tokenizer, tolerance: float
-) -> Any:
+def _open_model(run_dir: Path, config: dict, tokenizer: Tokenizer, limit: float) -> Any:
     """The run's session, on a GPU if it can; ArtifactError unless as golden.json."""
-    import onnxruntime
+    from onnxruntime import InferenceSession, SessionOptions, get_available_providers
 
-    options = onnxruntime.SessionOptions()
+    options = SessionOptions()
     if config["model_type"] == "albert":  # or each layer packs the same weights anew
         options.add_session_config_entry("session.disable_prepacking", "1")
     wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
-    providers = [p for p in wanted if p in onnxruntime.get_available_providers()]
+    providers = [p for p in wanted if p in get_available_providers()]
     try:
-        path = run_dir / "model.onnx"
-        session = onnxruntime.InferenceSession(path, options, providers)
+        session = InferenceSession(run_dir / "model.onnx", options, providers)
         rows = json.loads((run_dir / "golden.json").read_bytes())
         ids = tokenizer.encode([row["text"] for row in rows], config["max_seq_len"])
         if [row.tolist() for row in ids] != [row["token_ids"] for row in rows]:
             raise ArtifactError("the tokenizer gives other token ids than golden.json")
         pairs = (session.run(None, {"ids": pad(ids)})[0], [x["logits"] for x in rows])
         shape = (len(rows), len(config["labels"]))
-        worst = np.abs(np.subtract(*(np.reshape(x, shape) for x in pairs))).max()
+        found, golden = (np.reshape(x, shape) for x in pairs)
+        off = np.abs(found - golden).max()
+        if not off <= limit or (found.argmax(-1) != golden.argmax(-1)).any():  # or NaN
+            raise ArtifactError(f"{off:.2g} off the logits or another best label")
     except Exception as error:  # onnxruntime's errors have no base class of their own
-        words = f"model.onnx or golden.json is no use: {_one_line(error)}"
+        words = f"model.onnx or golden.json is no use, train again: {_one_line(error)}"
         raise ArtifactError(f"{run_dir}: {words}") from None
-    if not worst <= tolerance:  # NaN fails too
-        words = f"allowed is {tolerance}; train the model again"
-        raise ArtifactError(f"model.onnx is up to {worst:.2g} off the logits, {words}")
     return session
 
 
 def find_run(run_dir: str | Path | None, models_dir: str | Path = "models") -> Path:
     """`run_dir`, or the run that latest_model_config.json names; else ArtifactError."""
-    if run_dir is None:
-        latest = Path(models_dir, LATEST)
-        if not latest.exists():
-            words = "no model was trained yet; use `python bertflask.py train` or --run"
-            raise ArtifactError(f"{latest} does not exist: {words}")
-        note = _read_object(latest, ArtifactError, model_dir=str)
-        run_dir = latest.parent / note["model_dir"]
-    if not Path(run_dir, "config.json").is_file():
-        words = "no config.json; name the folder of a finished run"
-        raise ArtifactError(f"{run_dir}: {words}")
-    return Path(run_dir)
+    if run_dir is not None:
+        return Path(run_dir)
+    latest = Path(models_dir, LATEST)
+    if not latest.exists():
+        raise ArtifactError(f"{latest}: no model was trained yet; train or use --run")
+    note = _read_object(latest, ArtifactError, model_dir=str)
+    return latest.parent / note["model_dir"]
 
 
 def _load_manifest(run_dir: Path) -> dict:
     """config.json of a run whose files are as it says; raises ArtifactError."""
     config = _read_object(run_dir / "config.json", ArtifactError, **_MANIFEST_TYPES)
-    labels, files, problem = config["labels"], config["files"], None
+    problems, files, size = [], config["files"], config["max_seq_len"]
     if config["format"] != FORMAT:
-        problem = f"format {config['format']}, this bertflask reads {FORMAT}"
-    elif len(labels) < 2 or not all(isinstance(label, str) for label in labels):
-        problem = "labels are not two or more texts"
-    elif not 3 <= config["max_seq_len"] <= 2**16 or "model.onnx" not in files:
-        problem = "max_seq_len or files cannot be"
-    for name, digest in {} if problem else files.items():
+        problems = [f"format {config['format']}, this bertflask reads {FORMAT}"]
+    elif {*map(type, config["labels"])} != {str} or not 3 <= size <= 2**16:
+        problems = ["labels are no texts, or max_seq_len cannot be"]
+    for name, digest in ({"model.onnx": None} | files).items():
         path = run_dir / name
         # only plain names: nothing outside the run's own folder is read
         if Path(name).name != name or path.is_symlink() or not path.is_file():
-            problem = f"{name!r} is not a file of this run"
+            problems.append(f"{name!r} is not a file of this run")
         elif _digest(path) != digest:
-            problem = f"sha256 of {name} is another, it is damaged; train or copy anew"
-    if problem:
-        raise ArtifactError(f"{run_dir}/config.json: {problem}")
+            problems.append(f"sha256 of {name} is another; train or copy the run anew")
+    if problems:
+        raise ArtifactError(f"{run_dir}/config.json: {problems[0]}")
     return config
 
 

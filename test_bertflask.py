@@ -2197,7 +2197,7 @@ def test_training_works_in_lower_precision(tiny_dir, tmp_path, precision):
         ({"precision": "int8"}, "precision is 'int8'"),
         ({"warmup_proportion": float("nan")}, "warmup_proportion is nan"),
         ({"gpu": "7"}, "gpu is '7'"),
-        ({"max_seq_len": 65}, "positions for 64 tokens"),
+        ({"max_seq_len": 65}, "the model has 64 positions"),
         ({"max_learn_rate": 1.0, "n_epochs": 60, "min_learn_rate": 1.0}, "loss is"),
     ],
 )
@@ -2466,7 +2466,17 @@ def test_a_model_that_answers_otherwise_fails_its_golden_rows(copied_run):
     rows[1]["logits"][0] += 0.01
     (copied_run / "golden.json").write_text(json.dumps(rows))
     rewrite(copied_run)
-    with pytest.raises(bertflask.ArtifactError, match=r"up to 0\.01 off the logits"):
+    with pytest.raises(bertflask.ArtifactError, match=r"0\.01 off the logits"):
+        bertflask.Classifier.load(copied_run)
+
+
+def test_another_best_label_fails_the_golden_rows(copied_run, monkeypatch):
+    monkeypatch.setattr("bertflask._LOAD_TOLERANCE", 1e3)
+    rows = json.loads((copied_run / "golden.json").read_text(encoding="utf-8"))
+    rows[1]["logits"] = [-x for x in rows[1]["logits"]]
+    (copied_run / "golden.json").write_text(json.dumps(rows))
+    rewrite(copied_run)
+    with pytest.raises(bertflask.ArtifactError, match="another best label"):
         bertflask.Classifier.load(copied_run)
 
 
@@ -2509,8 +2519,8 @@ def test_the_latest_config_may_be_edited_by_hand(run_dir, tmp_path, absolute):
     assert bertflask.Classifier.load(models_dir=tmp_path).labels
 
 
-WRITERS = ["_Run.golden_rows", "onnx_model", "_write_json", "_open_session",
-           "_model_card", "plot_confusion_matrix", "_Run.publish"]  # fmt: skip
+WRITERS = ["_Run.golden_rows", "onnx_model", "_write_json", "_open_model",
+           "plot_confusion_matrix", "_Run.publish"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WRITERS)
