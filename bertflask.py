@@ -1409,7 +1409,7 @@ def plot_confusion_matrix(
 
 # === 10. Artifact: onnx_model, train, find_run ===
 
-Data = str | Path | Examples | None  # a path or a built-in source's name; examples
+Data = str | Path | Examples | None  # a file, a built-in source's name or the rows
 FORMAT = 1  # of config.json
 LATEST = "latest_model_config.json"
 _EXPORT_TOLERANCE, _LOAD_TOLERANCE = 1e-4, 1e-3  # of logits
@@ -1964,7 +1964,6 @@ def _error_line(error: Exception) -> str:
 # === 13. Command line: main ===
 
 _PROGRAM = "python bertflask.py"
-_EXAMPLE = f"\b\nExample:\n  {_PROGRAM} "
 
 
 @click.group(context_settings={"show_default": True})
@@ -1988,7 +1987,7 @@ _FLAGS["run_dir"] = click.Option(["--run", "run_dir"], help="folder, else the la
 
 
 def _command(name: str, example: str, *flags: str) -> Callable:
-    epilog = f"{_EXAMPLE}{name} {example}"
+    epilog = f"\b\nExample:\n  {_PROGRAM} {name} {example}"
     return _commands.command(name, params=[_FLAGS[x] for x in flags], epilog=epilog)
 
 
@@ -2018,10 +2017,7 @@ def _check_command(data: str, **place: str | None) -> None:
 @click.argument("data", required=False)
 @click.option("--test", metavar="FILE", help="test on it, not on a share of DATA")
 def _train_command(data: str | None, test: str | None, **parameters: Any) -> None:
-    """Fine-tune a model on DATA, which is then the latest.
-
-    DATA is a CSV or TSV file, or stackoverflow or docstrings.  [default: stackoverflow]
-    """
+    """Fine-tune on DATA, a CSV or TSV file or docstrings.  [default: stackoverflow]"""
     run_dir = train(TrainConfig(**parameters), data, test)
     metrics = json.loads((run_dir / "metrics.json").read_text("utf-8"))
     keys = ("accuracy", "macro_f1", "train_texts_per_s", "train_seconds")
