@@ -46,7 +46,6 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TextIO
@@ -1306,9 +1305,9 @@ def plot_confusion_matrix(
 
 # === 10. Artifact: onnx_model, train, find_run ===
 
+Data = str | Path | Examples | None  # a file, a built-in source's name or the rows
 FORMAT = 1  # of config.json
 LATEST = "latest_model_config.json"
-_STAMP = "%Y%m%d%H%M%S"  # UTC, how the name of a run begins
 _EXPORT_TOLERANCE, _LOAD_TOLERANCE = 1e-4, 1e-3  # of logits
 # Not rows of the training data, which may be private.
 _GOLDEN_TEXTS = (
@@ -1323,11 +1322,9 @@ _MANIFEST_TYPES |= {"max_seq_len": int, "model_type": str, "trained_at": str}
 
 
 def onnx_model(config: dict, weights: dict[str, np.ndarray]) -> bytes:
-    """The ONNX graph from `ids` int64 [batch, length] to `logits`, weights inside.
+    """The ONNX graph from `ids` int64 [batch, length] to `logits`, built node by node.
 
-    Built node by node from ONNX Runtime's fused BERT operators (domain com.microsoft),
-    so nothing is traced or converted. `weights` are `Model.weights()`; an array that
-    several layers share is stored once.
+    `weights` are `Model.weights()`; one that several layers share is stored once.
     """
     from onnx import TensorProto, helper, numpy_helper
 
@@ -1347,10 +1344,7 @@ def onnx_model(config: dict, weights: dict[str, np.ndarray]) -> bytes:
 
 @dataclass(eq=False)
 class _Graph(Model):
-    """The same model, whose tensors are names of outputs of ONNX nodes.
-
-    `variables` are arrays that the nodes may name as inputs; [CLS] rows are [B, 1, H].
-    """
+    """The same model, whose tensors are names in an ONNX graph; [CLS] is [B, 1, H]."""
 
     nodes: list = dataclasses.field(default_factory=list)
 
@@ -1418,16 +1412,11 @@ class _Graph(Model):
         return self.fused(kind, self.op("MatMul", x, f"{name}/kernel"), f"{name}/bias")
 
 
-def train(
-    config: TrainConfig,
-    data: str | Path | Examples | None = None,
-    test: str | Path | Examples | None = None,
-) -> Path:
+def train(config: TrainConfig, data: Data = None, test: Data = None) -> Path:
     """The folder of the finished run, which is the latest model from then on.
 
-    `data` and `test` are a path, a built-in source's name or Examples; without `data`
-    the Stack Overflow posts, without `test` a share `test_size` of `data` is held out.
-    Raises DataError, PretrainedError, DownloadError, TrainingError; whatever happens,
+    Without `data` it takes the Stack Overflow posts, without `test` a part of `data`.
+    Raises DataError, PretrainedError, DownloadError, TrainingError, ArtifactError; then
     the last good model stays the latest.
     """
     config = _resolve(config)
@@ -1453,40 +1442,36 @@ class _Run:
         _choose_gpu(config.gpu)
         options = {"precision": config.precision, "seed": config.seed}
         self.model = build_model(checkpoint_dir, len(labels), **options)
-        limits, n_pieces = self.model.config, self.tokenizer.vocab_size
-        if config.max_seq_len > (most := limits["max_position_embeddings"]):
-            words = f"the model has positions for {most} tokens; lower max_seq_len"
-            raise TrainingError(f"{config.max_seq_len} tokens asked for, {words}")
-        if n_pieces > limits["vocab_size"]:
-            words = f"{limits['vocab_size']} in the model: take the one it came with"
-            raise PretrainedError(f"{checkpoint_dir}: {n_pieces} pieces, {words}")
+        sizes, n = self.model.config, self.tokenizer.vocab_size
+        if config.max_seq_len > (most := sizes["max_position_embeddings"]):
+            raise TrainingError(f"lower max_seq_len: the model has {most} positions")
+        if n > (most := sizes["vocab_size"]):
+            raise PretrainedError(f"{checkpoint_dir}: {n} pieces, take its own {most}")
 
     def make_dir(self) -> Path:
         """Makes `trained/<UTC>_<model name>.unfinished`, for this process alone."""
-        path, trained_dir = Path(self.config.model_name), self.config.models_dir
+        path, models_dir = Path(self.config.model_name), self.config.models_dir
         name = path.resolve().name if path.exists() else str(path).replace("/", "--")
         while True:
-            stamp = time.strftime(_STAMP, time.gmtime())
-            self.final_dir = Path(trained_dir, "trained", f"{stamp}_{name}")
+            self.trained_at = time.gmtime()
+            stamp = time.strftime("%Y%m%d%H%M%S", self.trained_at)
+            self.final_dir = Path(models_dir, "trained", f"{stamp}_{name}")
             self.run_dir = Path(f"{self.final_dir}.unfinished")
             with contextlib.suppress(FileExistsError):
-                if not self.final_dir.exists():
-                    self.run_dir.mkdir(parents=True)
-                    return self.run_dir
+                self.run_dir.mkdir(parents=True)
+                return self.run_dir
             time.sleep(0.2)  # the second is taken by another run
 
     def encode(self, examples: Examples) -> _Rows:
         token_ids = self.tokenizer.encode(examples.texts, self.config.max_seq_len)
         number = {label: i for i, label in enumerate(self.labels)}
-        label_ids = [number[label] for label in examples.labels]
-        return _Rows(token_ids, np.array(label_ids, np.int32))
+        return _Rows(token_ids, np.fromiter(map(number.get, examples.labels), np.int32))
 
     def evaluate(self, trainer: _Trainer, examples: Examples) -> dict:
         """The content of metrics.json; draws the confusion matrix if there are rows."""
-        rate = self.config.n_epochs * trainer.n_rows / trainer.seconds
+        seconds, n = trainer.seconds, self.config.n_epochs * trainer.n_rows
         metrics = {"accuracy": None, "macro_f1": None, "validation": trainer.history}
-        metrics["train_texts_per_s"] = round(rate, 1)
-        metrics["train_seconds"] = round(trainer.seconds, 1)
+        metrics |= {"train_texts_per_s": n / seconds, "train_seconds": seconds}
         if examples.texts:
             token_ids = self.tokenizer.encode(examples.texts, self.config.max_seq_len)
             predicted = [self.labels[i] for i in trainer.predict(token_ids).argmax(-1)]
@@ -1511,11 +1496,11 @@ class _Run:
         _write_json(run_dir / "metrics.json", metrics)
         _write_json(run_dir / f"{model_type}_config.json", config)
         manifest = self.manifest(examples, metrics)
-        _open_session(run_dir, manifest, self.tokenizer, _EXPORT_TOLERANCE)
+        _open_model(run_dir, manifest, self.tokenizer, _EXPORT_TOLERANCE)
         files = ("model.onnx", vocab_name, "golden.json")
         manifest["files"] = {name: _digest(run_dir / name) for name in files}
         _write_json(run_dir / "config.json", manifest)
-        (run_dir / "README.md").write_text(_model_card(manifest), "utf-8")
+        (run_dir / "README.md").write_text(_MODEL_CARD.format_map(manifest), "utf-8")
 
     def manifest(self, examples: Examples, metrics: dict) -> dict:
         rows = json.dumps([examples.texts, examples.labels]).encode()
@@ -1526,7 +1511,7 @@ class _Run:
             "model_type": self.model.config["model_type"],
             "do_lower_case": self.tokenizer.do_lower_case,
             "labels": self.labels,
-            "trained_at": f"{datetime.strptime(self.run_dir.name[:14], _STAMP)}",
+            "trained_at": time.strftime("%Y-%m-%d %H:%M:%S", self.trained_at),
             "metrics": {key: metrics[key] for key in ("accuracy", "macro_f1")},
             "data": {"n": len(examples.texts), "sha256": digest},
             "versions": {name: version(name) for name in _PACKAGES.split()},
@@ -1539,34 +1524,25 @@ class _Run:
         token_ids = self.tokenizer.encode(_GOLDEN_TEXTS, self.config.max_seq_len)
         with _tensorflow().device("/CPU:0"):
             logits = model.logits(pad(token_ids)).numpy()
-        return [
-            {"text": text, "token_ids": ids.tolist(), "logits": row.tolist()}
-            for text, ids, row in zip(_GOLDEN_TEXTS, token_ids, logits)
-        ]
+        rows = zip(_GOLDEN_TEXTS, (ids.tolist() for ids in token_ids), logits.tolist())
+        return [dict(zip(("text", "token_ids", "logits"), row)) for row in rows]
 
     def publish(self) -> Path:
         """Gives the complete run its final name, then makes it the latest."""
         os.rename(self.run_dir, self.final_dir)
         latest = {"model_dir": f"trained/{self.final_dir.name}"}
-        latest |= {"model_type": self.model.config["model_type"]}
-        latest |= {"max_seq_len": self.config.max_seq_len}
+        latest["model_type"] = self.model.config["model_type"]
+        latest["max_seq_len"] = self.config.max_seq_len
         _write_json(Path(self.config.models_dir, LATEST), latest)
         return self.final_dir
 
 
-def _model_card(manifest: dict) -> str:
-    labels = "".join(f"- {' '.join(label.split())}\n" for label in manifest["labels"])
-    metrics = manifest["metrics"].items()
-    figures = [f"{key} {value:.4f}" for key, value in metrics if value is not None]
-    return f"""# Text classifier on {manifest["model_name"]}
+_MODEL_CARD = """# Text classifier on {model_name}
 
-Fine-tuned by bertflask {manifest["bertflask"]} at {manifest["trained_at"]} UTC on
-{manifest["data"]["n"]} texts, cut at {manifest["max_seq_len"]} tokens. On texts held
-out: {", ".join(figures) or "none"}. This says nothing about texts of other kinds.
-
-Serve it: `python bertflask.py serve --run FOLDER`. Its labels:
-
-{labels}"""
+Fine-tuned by bertflask {bertflask} at {trained_at} UTC on {data[n]} texts, cut at
+{max_seq_len} tokens. On texts held out, which says nothing about texts of other kinds:
+accuracy {metrics[accuracy]}, macro F1 {metrics[macro_f1]}. Its labels: {labels}.
+"""
 
 
 @contextlib.contextmanager
@@ -1588,70 +1564,61 @@ def _write_json(path: Path, value: Any) -> None:
         json.dump(value, file, indent=1, ensure_ascii=False)
 
 
-def _open_session(
-    run_dir: Path, config: dict, tokenizer: Tokenizer, tolerance: float
-) -> Any:
+def _open_model(run_dir: Path, config: dict, tokenizer: Tokenizer, limit: float) -> Any:
     """The run's session, on a GPU if it can; ArtifactError unless as golden.json."""
-    import onnxruntime
+    from onnxruntime import InferenceSession, SessionOptions, get_available_providers
 
-    options = onnxruntime.SessionOptions()
+    options = SessionOptions()
     if config["model_type"] == "albert":  # or each layer packs the same weights anew
         options.add_session_config_entry("session.disable_prepacking", "1")
     wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
-    providers = [p for p in wanted if p in onnxruntime.get_available_providers()]
+    providers = [p for p in wanted if p in get_available_providers()]
     try:
-        path = run_dir / "model.onnx"
-        session = onnxruntime.InferenceSession(path, options, providers)
+        session = InferenceSession(run_dir / "model.onnx", options, providers)
         rows = json.loads((run_dir / "golden.json").read_bytes())
         ids = tokenizer.encode([row["text"] for row in rows], config["max_seq_len"])
         if [row.tolist() for row in ids] != [row["token_ids"] for row in rows]:
             raise ArtifactError("the tokenizer gives other token ids than golden.json")
         pairs = (session.run(None, {"ids": pad(ids)})[0], [x["logits"] for x in rows])
         shape = (len(rows), len(config["labels"]))
-        worst = np.abs(np.subtract(*(np.reshape(x, shape) for x in pairs))).max()
+        found, golden = (np.reshape(x, shape) for x in pairs)
+        off = np.abs(found - golden).max()
+        if not off <= limit or (found.argmax(-1) != golden.argmax(-1)).any():  # or NaN
+            raise ArtifactError(f"{off:.2g} off the logits or another best label")
     except Exception as error:  # onnxruntime's errors have no base class of their own
-        words = f"model.onnx or golden.json is no use: {_one_line(error)}"
+        words = f"model.onnx or golden.json is no use, train again: {_one_line(error)}"
         raise ArtifactError(f"{run_dir}: {words}") from None
-    if not worst <= tolerance:  # NaN fails too
-        words = f"allowed is {tolerance}; train the model again"
-        raise ArtifactError(f"model.onnx is up to {worst:.2g} off the logits, {words}")
     return session
 
 
 def find_run(run_dir: str | Path | None, models_dir: str | Path = "models") -> Path:
     """`run_dir`, or the run that latest_model_config.json names; else ArtifactError."""
-    if run_dir is None:
-        latest = Path(models_dir, LATEST)
-        if not latest.exists():
-            words = "no model was trained yet; use `python bertflask.py train` or --run"
-            raise ArtifactError(f"{latest} does not exist: {words}")
-        note = _read_object(latest, ArtifactError, model_dir=str)
-        run_dir = latest.parent / note["model_dir"]
-    if not Path(run_dir, "config.json").is_file():
-        words = "no config.json; name the folder of a finished run"
-        raise ArtifactError(f"{run_dir}: {words}")
-    return Path(run_dir)
+    if run_dir is not None:
+        return Path(run_dir)
+    latest = Path(models_dir, LATEST)
+    if not latest.exists():
+        raise ArtifactError(f"{latest}: no model was trained yet; train or use --run")
+    note = _read_object(latest, ArtifactError, model_dir=str)
+    return latest.parent / note["model_dir"]
 
 
 def _load_manifest(run_dir: Path) -> dict:
     """config.json of a run whose files are as it says; raises ArtifactError."""
     config = _read_object(run_dir / "config.json", ArtifactError, **_MANIFEST_TYPES)
-    labels, files, problem = config["labels"], config["files"], None
+    problems, files, size = [], config["files"], config["max_seq_len"]
     if config["format"] != FORMAT:
-        problem = f"format {config['format']}, this bertflask reads {FORMAT}"
-    elif len(labels) < 2 or not all(isinstance(label, str) for label in labels):
-        problem = "labels are not two or more texts"
-    elif not 3 <= config["max_seq_len"] <= 2**16 or "model.onnx" not in files:
-        problem = "max_seq_len or files cannot be"
-    for name, digest in {} if problem else files.items():
+        problems = [f"format {config['format']}, this bertflask reads {FORMAT}"]
+    elif {*map(type, config["labels"])} != {str} or not 3 <= size <= 2**16:
+        problems = ["labels are no texts, or max_seq_len cannot be"]
+    for name, digest in ({"model.onnx": None} | files).items():
         path = run_dir / name
         # only plain names: nothing outside the run's own folder is read
         if Path(name).name != name or path.is_symlink() or not path.is_file():
-            problem = f"{name!r} is not a file of this run"
+            problems.append(f"{name!r} is not a file of this run")
         elif _digest(path) != digest:
-            problem = f"sha256 of {name} is another, it is damaged; train or copy anew"
-    if problem:
-        raise ArtifactError(f"{run_dir}/config.json: {problem}")
+            problems.append(f"sha256 of {name} is another; train or copy the run anew")
+    if problems:
+        raise ArtifactError(f"{run_dir}/config.json: {problems[0]}")
     return config
 
 
@@ -1689,7 +1656,7 @@ class Classifier:
         run_dir = find_run(run_dir, models_dir)
         config = _load_manifest(run_dir)
         tokenizer = load_tokenizer(run_dir, config["do_lower_case"])
-        session = _open_session(run_dir, config, tokenizer, _LOAD_TOLERANCE)
+        session = _open_model(run_dir, config, tokenizer, _LOAD_TOLERANCE)
         digest = config["files"]["model.onnx"][:8]
         name = f"{config['model_type'].upper()} {config['trained_at']} {digest}"
         return cls(name, config["labels"], config["max_seq_len"], tokenizer, session)
@@ -1701,11 +1668,10 @@ class Classifier:
     def predict(self, texts: Sequence[str], top_k: int = 1) -> list[Prediction]:
         """One Prediction a text, in order, with its `top_k` best labels."""
         found = []
-        for row, truncated in zip(*self._classify(texts)):
-            best = np.argsort(-row, kind="stable")[:top_k]
-            pairs = [(self.labels[i], float(row[i])) for i in best]
-            rows = [{"label": label, "probability": p} for label, p in pairs]
-            found.append(Prediction(*pairs[0], truncated, rows, self.name))
+        for p, truncated in zip(*self._classify(texts)):
+            best = np.argsort(-p, kind="stable")[:top_k]
+            rows = [{"label": self.labels[i], "probability": float(p[i])} for i in best]
+            found.append(Prediction(*rows[0].values(), truncated, rows, self.name))
         return found
 
     def _classify(self, texts: Sequence[str]) -> tuple[np.ndarray, list[bool]]:
@@ -1715,8 +1681,7 @@ class Classifier:
         for i in np.flatnonzero(truncated):
             token_ids[i] = np.delete(token_ids[i], -2)  # the last one stays [SEP]
         logits = np.empty((len(token_ids), len(self.labels)), np.float32)
-        lengths = [len(ids) for ids in token_ids]
-        for rows in batches_by_tokens(lengths, _PREDICTION_TOKENS):
+        for rows in batches_by_tokens([*map(len, token_ids)], _PREDICTION_TOKENS):
             batch = [token_ids[row] for row in rows]
             logits[rows] = self.session.run(None, {"ids": pad(batch)})[0]
         exp = np.exp(logits - logits.max(-1, keepdims=True))
@@ -1745,7 +1710,7 @@ def create_app(
     app = Flask(__name__, static_folder=None)
     app.json.sort_keys = False
     app.url_map.merge_slashes = False  # it redirects, with a page of HTML
-    app.before_request(functools.partial(_start_request, g, request))
+    app.before_request(functools.partial(_start_request, g))
     app.after_request(functools.partial(_log_request, g, request))
     app.register_error_handler(Exception, functools.partial(_answer_error, g))
     view = functools.partial(_predict, request, classifier, body, max_body_bytes)
@@ -1754,11 +1719,8 @@ def create_app(
     return app
 
 
-def _start_request(g: Any, request: Any) -> None:
-    given = request.headers.get("X-Request-Id", "")
-    is_fit = re.fullmatch("[!-~]{1,128}", given)
-    g.request_id = given if is_fit else os.urandom(16).hex()
-    g.started = time.perf_counter()
+def _start_request(g: Any) -> None:
+    g.request_id, g.started = os.urandom(16).hex(), time.perf_counter()
 
 
 def _predict(request: Any, classifier: Any, kind: Any, limit: int) -> dict[str, Any]:
@@ -1797,7 +1759,6 @@ def _read_body(request: Any, kind: Any, limit: int) -> Any:
 def _answer_error(g: Any, error: Exception) -> tuple[dict, int, dict[str, str]]:
     from werkzeug.exceptions import HTTPException
 
-    # in seconds
     headers = {"Retry-After": "1"} if getattr(error, "status", 0) == 429 else {}
     if isinstance(error, HTTPException):  # 404, 405
         headers = {key: v for key, v in error.get_headers() if key == "Allow"}
@@ -1828,7 +1789,7 @@ def _log_request(g: Any, request: Any, response: flask.Response) -> flask.Respon
 
 
 def serve(
-    run_dir: str | None, models_dir: str, host: str, port: int, n_threads: int
+    run_dir: str | None, models_dir: str, host: str, port: int, threads: int
 ) -> None:
     """Serves a run until SIGTERM or SIGINT; then answers what was accepted, and exits.
 
@@ -1836,15 +1797,13 @@ def serve(
     """
     from gunicorn.app.base import BaseApplication
 
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listener = socket.create_server((host, port), family=family, backlog=2048)
+        listener = socket.create_server((host, port), backlog=2048)
     except (OSError, UnicodeError) as error:
         words = f"cannot listen on {host} port {port}: {_one_line(error)}"
         raise ServerError(f"{words}; give another --port") from None
-    name = f"[{host}]" if ":" in host else host
-    url = f"http://{name}:{listener.getsockname()[1]}"
-    settings = _GUNICORN | {"bind": f"fd://{listener.detach()}", "threads": n_threads}
+    url = f"http://{host}:{listener.getsockname()[1]}"
+    settings = _GUNICORN | {"bind": f"fd://{listener.detach()}", "threads": threads}
 
     class Server(BaseApplication):
         def load_config(self) -> None:
@@ -1899,19 +1858,12 @@ def _error_line(error: Exception) -> str:
 # === 13. Command line: main ===
 
 _PROGRAM = "python bertflask.py"
-_EXAMPLE = f"\b\nExample:\n  {_PROGRAM} "
 
 
-@click.group(
-    context_settings={"show_default": True},
-    epilog=f"{_EXAMPLE}train texts.csv --model-name minilm_L-6_H-384_A-12",
-)
+@click.group(context_settings={"show_default": True})
 @click.version_option(__version__)
 def _commands() -> None:
-    """Fine-tune BERT or ALBERT on a CSV of texts and labels, then serve it over HTTP.
-
-    Results go to standard output, everything else to standard error.
-    """
+    """Fine-tune BERT or ALBERT on a CSV of texts and labels, then serve it by HTTP."""
 
 
 def _flag(field: dataclasses.Field) -> click.Option:
@@ -1925,25 +1877,20 @@ def _flag(field: dataclasses.Field) -> click.Option:
 
 
 _FLAGS = {field.name: _flag(field) for field in dataclasses.fields(TrainConfig)}
-_FLAGS["run_dir"] = click.Option(
-    ["--run", "run_dir"], show_default="the latest", metavar="DIR", help="trained run"
-)
+_FLAGS["run_dir"] = click.Option(["--run", "run_dir"], help="folder, else the latest")
 
 
 def _command(name: str, example: str, *flags: str) -> Callable:
-    epilog = f"{_EXAMPLE}{name} {example}"
+    epilog = f"\b\nExample:\n  {_PROGRAM} {name} {example}"
     return _commands.command(name, params=[_FLAGS[x] for x in flags], epilog=epilog)
 
 
 @_command("models", "", "models_dir")
 def _models_command(models_dir: str) -> None:
     """List known models. Use folders, archives, owner/name on Hugging Face too."""
-    line = "{:<32}{:<8}{:<12}{}".format
-    click.echo(line("model_name", "type", "case", "fetched"))
     for name, row in PRETRAINED.items():
-        fetched = "yes" if Path(models_dir, "pretrained", name).is_dir() else "no"
-        case = "lower-cases" if row.do_lower_case else "keeps"
-        click.echo(line(name, row.model_type, case, fetched))
+        fetched = "fetched" * Path(models_dir, "pretrained", name).is_dir()
+        click.echo(f"{name:<32}{row.model_type:<8}{fetched}".rstrip())
 
 
 @_command("fetch", "minilm_L-6_H-384_A-12", "models_dir")
@@ -1964,15 +1911,9 @@ def _check_command(data: str, **place: str | None) -> None:
 @click.argument("data", required=False)
 @click.option("--test", metavar="FILE", help="test on it, not on a share of DATA")
 def _train_command(data: str | None, test: str | None, **parameters: Any) -> None:
-    """Fine-tune a model on DATA, which is then the latest.
-
-    DATA is a CSV or TSV file, or stackoverflow or docstrings.  [default: stackoverflow]
-    """
+    """Fine-tune on DATA, a CSV or TSV file or docstrings.  [default: stackoverflow]"""
     run_dir = train(TrainConfig(**parameters), data, test)
     metrics = json.loads((run_dir / "metrics.json").read_text("utf-8"))
-    if metrics["accuracy"] is not None:
-        path = run_dir / "confusion_matrix.png"
-        log.info("test accuracy %.4f, confusion matrix: %s", metrics["accuracy"], path)
     keys = ("accuracy", "macro_f1", "train_texts_per_s", "train_seconds")
     click.echo(json.dumps({"run_dir": str(run_dir)} | {x: metrics[x] for x in keys}))
 
@@ -1985,8 +1926,7 @@ def _evaluate_command(data: str, run_dir: str | None, **place: str | None) -> No
     classifier = Classifier.load(run_dir, place["models_dir"])
     predicted = [row.label for row in classifier.predict(examples.texts)]
     if unknown := Counter(x for x in examples.labels if x not in classifier.labels):
-        names = ", ".join(f"{label!r} ({n})" for label, n in sorted(unknown.items()))
-        log.warning("counted as wrong, since the model does not know them: %s", names)
+        log.warning("the model does not know, so counted as wrong: %s", dict(unknown))
     metrics = evaluate_predictions(examples.labels, predicted)
     click.echo(json.dumps({key: metrics[key] for key in ("accuracy", "macro_f1", "n")}))
 
@@ -2003,30 +1943,24 @@ def _predict_command(
     table = _Table(in_path)
     column = table.find(text_column, _TEXT_NAMES)
     if column is None and len(table.names) > 1:
-        words = f"{in_path}: not clear which column holds the texts among"
-        raise DataError(f"{words} {_quote(table.names)}; name it with --text-column")
+        raise DataError(f"{in_path}: choose --text-column among {_quote(table.names)}")
     predictions = Classifier.load(**place).predict([r[column or 0] for r in table.rows])
     names, added = table.names, ("label", "probability")
     names = [*names, *(f"predicted_{x}" if x in names else x for x in added)]
     with _replacing(out_path) as file:
-        delimiter = "\t" if out_path.suffix.lower() == ".tsv" else ","
-        writer = csv.writer(file, delimiter=delimiter)
+        writer = csv.writer(file)
         writer.writerow(names)
         for row, found in zip(table.rows, predictions, strict=True):
             writer.writerow([*row, found.label, found.probability])
-    log.info("%d rows with labels: %s", len(predictions), out_path)
 
 
 @_command("serve", "--host 0.0.0.0 --port 8080", "run_dir", "models_dir")
 @click.option("--host", default="127.0.0.1", help="address to listen on")
 @click.option("--port", default=5000, type=click.IntRange(0, 65535), help="0: any")
 @click.option("--threads", default=8, type=click.IntRange(1), help="requests at once")
-def _serve_command(threads: int, **arguments: Any) -> None:
-    """Answer HTTP requests until SIGTERM or Ctrl-C.
-
-    POST /predict {"x": ["text", ...]} gives a label and a probability for each text.
-    """
-    serve(**arguments, n_threads=threads)
+def _serve_command(**arguments: Any) -> None:
+    """Answer POST /predict {"x": ["text", ...]} until SIGTERM or Ctrl-C."""
+    serve(**arguments)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

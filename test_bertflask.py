@@ -2203,7 +2203,7 @@ def test_training_works_in_lower_precision(tiny_dir, tmp_path, precision):
         ({"precision": "int8"}, "precision is 'int8'"),
         ({"warmup_proportion": float("nan")}, "warmup_proportion is nan"),
         ({"gpu": "7"}, "gpu is '7'"),
-        ({"max_seq_len": 65}, "positions for 64 tokens"),
+        ({"max_seq_len": 65}, "the model has 64 positions"),
         ({"max_learn_rate": 1.0, "n_epochs": 60, "min_learn_rate": 1.0}, "loss is"),
     ],
 )
@@ -2473,7 +2473,17 @@ def test_a_model_that_answers_otherwise_fails_its_golden_rows(copied_run):
     rows[1]["logits"][0] += 0.01
     (copied_run / "golden.json").write_text(json.dumps(rows))
     rewrite(copied_run)
-    with pytest.raises(bertflask.ArtifactError, match=r"up to 0\.01 off the logits"):
+    with pytest.raises(bertflask.ArtifactError, match=r"0\.01 off the logits"):
+        bertflask.Classifier.load(copied_run)
+
+
+def test_another_best_label_fails_the_golden_rows(copied_run, monkeypatch):
+    monkeypatch.setattr("bertflask._LOAD_TOLERANCE", 1e3)
+    rows = json.loads((copied_run / "golden.json").read_text(encoding="utf-8"))
+    rows[1]["logits"] = [-x for x in rows[1]["logits"]]
+    (copied_run / "golden.json").write_text(json.dumps(rows))
+    rewrite(copied_run)
+    with pytest.raises(bertflask.ArtifactError, match="another best label"):
         bertflask.Classifier.load(copied_run)
 
 
@@ -2516,8 +2526,8 @@ def test_the_latest_config_may_be_edited_by_hand(run_dir, tmp_path, absolute):
     assert bertflask.Classifier.load(models_dir=tmp_path).labels
 
 
-WRITERS = ["_Run.golden_rows", "onnx_model", "_write_json", "_open_session",
-           "_model_card", "plot_confusion_matrix", "_Run.publish"]  # fmt: skip
+WRITERS = ["_Run.golden_rows", "onnx_model", "_write_json", "_open_model",
+           "plot_confusion_matrix", "_Run.publish"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -2867,7 +2877,7 @@ def test_an_unknown_limit_is_a_type_error():
 
 
 def test_a_request_is_one_json_line_with_seven_keys(limited_client, request_log):
-    headers = {"User-Agent": "née\x7f", "X-Request-Id": "id-1"}
+    headers = {"User-Agent": "née\x7f"}
     response = post(limited_client, {"x": ["S3cret"], "top_k": 2}, headers=headers)
     (entry,) = request_log()
     assert list(entry) == KEYS.split()
@@ -2878,7 +2888,7 @@ def test_a_request_is_one_json_line_with_seven_keys(limited_client, request_log)
         "status_code": 200,
         "user_ip": "127.0.0.1",
         "user_agent": "née\x7f",
-        "request_id": "id-1",
+        "request_id": response.headers["X-Request-Id"],
     }
 
 
@@ -2910,18 +2920,10 @@ def test_the_log_never_quotes_the_body(limited_client, caplog, body):
     assert "request_id" in caplog.text and "S3cret" not in caplog.text
 
 
-@pytest.mark.parametrize("given_id", ["a", "0" * 128, "!~/\\\"'"])
-def test_a_sane_request_id_is_kept(limited_client, request_log, given_id):
-    response = limited_client.get("/health_check", headers={"X-Request-Id": given_id})
-    assert (
-        response.headers["X-Request-Id"] == request_log()[0]["request_id"] == given_id
-    )
-
-
-@pytest.mark.parametrize("given_id", ["", "a b", "é", "0" * 129, "\x00", "a\tb"])
-def test_any_other_request_id_is_replaced(limited_client, given_id):
-    response = limited_client.get("/health_check", headers={"X-Request-Id": given_id})
-    assert re.fullmatch("[0-9a-f]{32}", response.headers["X-Request-Id"])
+def test_every_request_has_an_id_of_its_own(limited_client, request_log):
+    found = [limited_client.get("/health_check").headers["X-Request-Id"] for _ in "ab"]
+    assert [entry["request_id"] for entry in request_log()] == found
+    assert found[0] != found[1] and re.fullmatch("[0-9a-f]{32}", found[0])
 
 
 def assert_right_shape(response):
@@ -2974,13 +2976,11 @@ def test_any_texts_are_answered_in_order_or_refused(
 HEADER = st.text(st.characters(max_codepoint=255, exclude_characters="\r\n"))
 
 
-@given(HEADER, HEADER, HEADER)
-def test_any_headers_get_json(limited_client, agent, request_id, kind):
-    names = ("User-Agent", "X-Request-Id", "Content-Type")
-    headers = dict(zip(names, (agent, request_id, kind)))
+@given(HEADER, HEADER)
+def test_any_headers_get_json(limited_client, agent, kind):
+    headers = {"User-Agent": agent, "Content-Type": kind}
     response = post(limited_client, {"x": ["a"]}, headers=headers)
     assert response.status_code == 200
-    assert re.fullmatch("[!-~]{1,128}", response.headers["X-Request-Id"])
 
 
 # The path goes past the test client, which takes "//\x80" for the name of a host.
@@ -3107,7 +3107,7 @@ def test_the_curl_line_of_a_started_server_works(served):
 
 
 def test_a_started_server_logs_a_request_as_a_line_of_json(served):
-    served.post('{"x": ["a"]}', {"X-Request-Id": "of-the-log"})
+    served.post('{"x": ["a"]}')
     entry = json.loads(served.wait_for('{"endpoint": "/predict"'))
     assert list(entry) == KEYS.split()
 
@@ -3276,10 +3276,8 @@ def test_help_of_a_command_shows_defaults_and_an_example(run, command):
 @pytest.mark.parametrize("args", [[], ["--help"]])
 def test_help_lists_the_commands(run, args):
     code, out, _ = run(*args)
-    commands, example = out.split("Commands:\n")[1].split("\n\n")
-    listed = [line.split()[0] for line in commands.splitlines()]
+    listed = [line.split()[0] for line in out.split("Commands:\n")[1].splitlines()]
     assert (code, listed) == (0, sorted(COMMANDS))
-    assert "Example:\n    python bertflask.py train" in example
 
 
 def test_help_starts_without_a_heavy_package():
@@ -3318,9 +3316,7 @@ def test_train_ends_with_one_line_of_json(run, train_calls, tmp_path):
     assert train_calls == [(TrainConfig(), "a.csv", "b.csv")]
     figures = '"accuracy": 0.9, "macro_f1": 0.8, "train_texts_per_s": 7.5'
     assert out == f'{{"run_dir": "{tmp_path}", {figures}, "train_seconds": 4.0}}\n'
-    assert err == [
-        f"test accuracy 0.9000, confusion matrix: {tmp_path}/confusion_matrix.png"
-    ]
+    assert err == []
 
 
 def test_train_without_a_test_set_has_no_accuracy(run, train_calls, tmp_path):
@@ -3337,8 +3333,8 @@ def test_models_tells_which_are_fetched(run, tmp_path):
     (tmp_path / "there/pretrained/albert_base_v2").mkdir(parents=True)
     _, out, _ = run("models", "--models-dir", "there")
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines()}
-    assert rows["albert_base_v2"] == ["albert", "lower-cases", "yes"]
-    assert rows["cased_L-12_H-768_A-12"] == ["bert", "keeps", "no"]
+    assert rows["albert_base_v2"] == ["albert", "fetched"]
+    assert rows["cased_L-12_H-768_A-12"] == ["bert"]
 
 
 def test_fetch_prints_the_folder(run, replaced):
@@ -3352,7 +3348,7 @@ def test_evaluate_counts_unknown_labels_as_wrong_and_lists_them(run, replaced):
     replaced("load_examples", lambda *args, **kwargs: examples)
     code, out, err = run("evaluate", "test.csv")
     assert json.loads(out) == {"accuracy": 0.2, "macro_f1": 0.5, "n": 5}
-    assert (code, len(err)) == (0, 1) and err[0].endswith("them: 'new' (1), 'odd' (2)")
+    assert (code, len(err)) == (0, 1) and err[0].endswith("wrong: {'odd': 2, 'new': 1}")
 
 
 def test_evaluate_passes_on_what_it_was_given(run, replaced):
@@ -3367,13 +3363,12 @@ def test_evaluate_passes_on_what_it_was_given(run, replaced):
     assert calls == [(("docstrings",), columns)]
 
 
-def predict_file(run, content, *flags, out="out.csv"):
+def predict_file(run, content, *flags):
     Path("in.csv").write_text(content, "utf-8", newline="")
-    code, stdout, err = run("predict", "in.csv", out, *flags)
+    code, stdout, err = run("predict", "in.csv", "out.csv", *flags)
     assert (code, stdout) == (0, ""), err
-    with open(out, encoding="utf-8", newline="") as stream:
-        delimiter = "\t" if out.endswith(".tsv") else ","
-        return list(csv.reader(stream, delimiter=delimiter, strict=True))
+    with open("out.csv", encoding="utf-8", newline="") as stream:
+        return list(csv.reader(stream, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -3404,11 +3399,11 @@ def test_predict_keeps_columns_that_have_its_names(run, taken, added):
     assert predict_file(run, content)[0] == ["text", *taken.split(","), *added]
 
 
-def test_predict_writes_tabs_to_a_tsv_and_replaces_an_older_file(run, tmp_path):
-    (tmp_path / "out.tsv").write_text("old")
-    rows = predict_file(run, "post,x\na,b\n", out="out.tsv")
+def test_predict_replaces_an_older_file(run, tmp_path):
+    (tmp_path / "out.csv").write_text("old")
+    rows = predict_file(run, "post,x\na,b\n")
     assert rows == [["post", "x", "label", "probability"], ["a", "b", "short", "0.75"]]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.csv", "out.tsv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.csv", "out.csv"]
 
 
 def test_predict_takes_the_column_it_is_told(run):
@@ -3441,10 +3436,7 @@ def test_predict_changes_no_cell_of_any_table(fakes, tmp_path_factory, rows):
         (["in.csv", "no/out.csv"], "No such file or directory"),
         (["none.csv", "out.csv"], "cannot read none.csv: [Errno 2] No such file"),
         ([".", "out.csv"], "Is a directory"),
-        (
-            ["two.csv", "out.csv"],
-            "not clear which column holds the texts among 'a', 'b'; name",
-        ),
+        (["two.csv", "out.csv"], "two.csv: choose --text-column among 'a', 'b'"),
         (["two.csv", "out.csv", "--text-column", "c"], "0 columns are named 'c'"),
         (
             ["ragged.csv", "out.csv"],
@@ -3473,8 +3465,8 @@ def test_serve_passes_on_its_flags(run, replaced):
     replaced("serve", lambda **arguments: calls.append(arguments))
     assert run("serve") == run("serve", "--port", "80", "--threads", "2")
     defaults = {"run_dir": None, "models_dir": "models", "host": "127.0.0.1"}
-    assert calls[0] == defaults | {"port": 5000, "n_threads": 8}
-    assert calls[1] == defaults | {"port": 80, "n_threads": 2}
+    assert calls[0] == defaults | {"port": 5000, "threads": 8}
+    assert calls[1] == defaults | {"port": 80, "threads": 2}
 
 
 def test_serve_on_a_port_in_use_is_one_line(run):
