@@ -846,7 +846,9 @@ def read_config(checkpoint_dir: str | Path) -> dict:
     groups = ("num_hidden_groups", "inner_group_num")  # of ALBERT's layers
     wrong = [key for key in groups if raw.get(key, 1) != 1]
     wrong += [] if act in ("gelu", "gelu_exact") else ["hidden_act"]
-    wrong += [key for key in keys if type(raw.get(key)) not in (int, float)]
+    for key in keys:  # only dropout may be zero
+        number = raw[key] if type(raw.get(key)) in (int, float) else -1
+        wrong += [] if number > 0 or number == 0 and key.endswith("_prob") else [key]
     if not wrong and raw["hidden_size"] % raw["num_attention_heads"]:
         wrong = ["hidden_size", "num_attention_heads"]
     if wrong:
@@ -1458,8 +1460,9 @@ class _Run:
             self.final_dir = Path(models_dir, "trained", f"{stamp}_{name}")
             self.run_dir = Path(f"{self.final_dir}.unfinished")
             with contextlib.suppress(FileExistsError):
-                self.run_dir.mkdir(parents=True)
-                return self.run_dir
+                if not self.final_dir.exists():
+                    self.run_dir.mkdir(parents=True)
+                    return self.run_dir
             time.sleep(0.2)  # the second is taken by another run
 
     def encode(self, examples: Examples) -> _Rows:

@@ -1996,6 +1996,8 @@ def test_a_misshapen_variable_is_an_error_that_names_it(tiny_bert_dir, tmp_path)
         ({"hidden_size": None}, "hidden_size"),
         ({"num_hidden_groups": 2, "embedding_size": 8}, "num_hidden_groups 2"),
         ({"num_attention_heads": 7}, "num_attention_heads"),
+        ({"num_attention_heads": 0}, "num_attention_heads 0"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers -1"),
     ],
 )
 def test_an_unsupported_configuration_is_one_clear_error(tmp_path, change, problem):
