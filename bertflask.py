@@ -412,8 +412,9 @@ def read_examples(
     full = [row for row in rows if row[0].strip() and row[1]]
     if not full:
         raise DataError(f"{path}: no row has both a text and a label; add some")
-    if n_empty := len(rows) - len(full):
-        log.warning("%s: left out %d rows without text or label", path, n_empty)
+    if empty := sorted({row[2] for row in rows} - {row[2] for row in full}):
+        words = "%s: left out %d rows without text or label, the first in line %d"
+        log.warning(words, path, len(empty), empty[0])
     return Examples(*map(list, zip(*full)))
 
 
@@ -817,9 +818,13 @@ def _tensorflow() -> Any:
     """TensorFlow with Keras 2 under the names that bert-for-tf2 imports."""
     os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    import tensorflow as tf
-    import tf_keras
-
+    kept = os.dup(2)  # TensorFlow's C++ writes a page before it reads its log level
+    with open(os.devnull, "wb") as null, contextlib.ExitStack() as after:
+        after.callback(os.close, kept)
+        after.callback(os.dup2, kept, 2)
+        os.dup2(null.fileno(), 2)
+        import tensorflow as tf
+        import tf_keras
     if tf.keras.layers.Layer is not tf_keras.layers.Layer:
         words = "set TF_USE_LEGACY_KERAS=1 before tensorflow is imported"
         raise PretrainedError(f"tensorflow runs with Keras 3 already: {words}")
@@ -1112,7 +1117,8 @@ class TrainConfig:
 
 def _resolve(config: TrainConfig) -> TrainConfig:
     """`config` with numbers: as given, else recommended for the model, else default."""
-    recommended = getattr(PRETRAINED.get(config.model_name), "recommended", {})
+    row = PRETRAINED.get(Path(config.model_name).name)  # of a folder, too
+    recommended = row.recommended if row else {}
     values = dataclasses.asdict(config)
     for field in dataclasses.fields(config):
         name, (low, high) = field.name, field.metadata["within"] or (None, None)
