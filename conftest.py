@@ -76,7 +76,7 @@ def google_name(name: str, model_type: str) -> str:
     return bert.loader.map_to_stock_variable_name(name) or name
 
 
-def write_google_checkpoint(folder: Path, config_name: str, prefix: str) -> None:
+def write_google_checkpoint(folder: Path, prefix: str) -> None:
     """Adds a checkpoint with random weights to a folder with a configuration."""
     tf = bertflask._tensorflow()
     model = bertflask.build_model(folder, n_labels=2, load_weights=False)
@@ -106,7 +106,7 @@ def tiny_bert_dir(vocab, tmp_path_factory) -> Path:
     config = {**TINY_CONFIG, "vocab_size": len(vocab)}
     (folder / "bert_config.json").write_text(json.dumps(config))
     (folder / "vocab.txt").write_text("\n".join(vocab) + "\n", encoding="utf-8")
-    write_google_checkpoint(folder, "bert_config.json", "bert_model.ckpt")
+    write_google_checkpoint(folder, "bert_model.ckpt")
     return folder
 
 
@@ -132,7 +132,7 @@ def tiny_albert_dir(tmp_path_factory) -> Path:
     config = {**TINY_CONFIG, "vocab_size": 50, "embedding_size": 16}
     config |= {"num_hidden_layers": 3, "hidden_dropout_prob": 0.0}
     (folder / "albert_config.json").write_text(json.dumps(config))
-    write_google_checkpoint(folder, "albert_config.json", "model.ckpt-best")
+    write_google_checkpoint(folder, "model.ckpt-best")
     return folder
 
 

@@ -68,7 +68,7 @@ from bertflask import (
     serve,
     split_examples,
 )
-from conftest import SHARED, TINY_CONFIG
+from conftest import SHARED, TINY_CONFIG, google_name
 
 needs_shared = pytest.mark.needs_shared
 MINILM = "minilm_L-6_H-384_A-12"
@@ -909,7 +909,7 @@ HOSTILE_FILES = {  # file: texts and labels below its first line, or a part of t
     "duplicates_conflicting.csv": (FOUR * 5 + ["same text"] * 2, TWO * 11),
     "empty.csv": "no rows",
     "header_only.csv": "no rows",
-    "invalid_utf8.csv": "line 22 is not UTF-8; save it as UTF-8",
+    "invalid_utf8.csv": "line 22: bytes ff are not UTF-8; save the file as UTF-8",
     "no_header.csv": "no header? 'How do I sort a list in Python?'",
     "nul.csv": (FOUR * 5 + ["nul \0 inside", "\0\0"], TWO * 11),
     "one_class.csv": (FOUR * 5, ["python"] * 20),
@@ -1046,9 +1046,9 @@ def test_line_numbers_are_those_of_an_editor(read, end):
 
 
 def test_rows_without_text_or_label_are_counted_and_left_out(read, caplog):
-    examples = read("text,label\na,x\n \t,x\nb,\n\n,\nc, y \n")
+    examples = read("text,label\na,x\n \t,x\nb,\n\n,,\nc, y \n")
     assert (examples.texts, examples.labels) == (["a", "c"], ["x", "y"])
-    assert "left out 3 rows without text or label" in caplog.text
+    assert "left out 3 of 5 rows without text or label (first: line 3)" in caplog.text
 
 
 def test_full_file_gives_no_warning(read, caplog):
@@ -1072,9 +1072,9 @@ def test_field_of_megabytes_is_read_whole(read):
         ('text,label\n"a\nb",x\n"b" c,y\n', "line 4: ',' expected after"),
         ("text,label\na,x\nb,y,z\n", "line 3: 3 fields where the header has 2; quote"),
         ("text,label,n\na,x,1\nb,y\n", "line 3: 2 fields where the header has 3"),
-        (b"text,label\r\n\r\ncaf\xe9,x", "line 3 is not UTF-8; save"),
-        (b"\xef\xbb\xbftext,label\ra,x\r\x80,y", "line 3 is not UTF-8"),
-        ("text,label\na,x\n".encode("utf-16") + b"\0\xd8", "line 3 is not UTF-16"),
+        (b"text,label\r\n\r\ncaf\xe9,x", "line 3: bytes e9 are not UTF-8; save"),
+        (b"\xef\xbb\xbftext,label\ra,x\r\x80,y", "line 3: bytes 80 are not UTF-8"),
+        ("text,label\na,x\n".encode("utf-16") + b"\0\xd8", "line 3: bytes 00 d8 are"),
         ("text,label\na,x".encode("utf-16-le"), "line 1 has NULs; save"),
         ("text,label\n,x\na,\n", "no row has both a text and a label"),
         (b"\n\n", "no rows"),
@@ -1140,6 +1140,15 @@ def test_of_two_columns_the_unknown_one_is_the_other(read):
 )
 def test_unclear_columns_are_listed(refuse, content, columns, problem):
     assert re.match(problem, refuse(content, *columns))
+
+
+def test_empty_columns_of_a_spreadsheet_are_ignored(read):
+    assert read("text,label,,\na,x,,\nb,y\n").labels == ["x", "y"]
+
+
+@pytest.mark.parametrize("blank", [" ", " \t", ",,,", " , "])
+def test_a_blank_row_of_any_width_is_left_out(read, blank):
+    assert read(f"text,label\na,x\n{blank}\nb,y\n").labels == ["x", "y"]
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
@@ -1786,19 +1795,14 @@ def test_every_variable_of_googles_checkpoint_has_its_place(name, shared, tmp_pa
     config_name = f"{bertflask.PRETRAINED[name].model_type}_config.json"
     (tmp_path / config_name).write_text(json.dumps(stored["config"]))
     model = bertflask.build_model(tmp_path, 2, load_weights=False)
-    ours = {
-        bertflask._common_name(variable): list(value.shape)
-        for variable, value in model.variables.items()
-        if not variable.startswith("classifier/")
-    }
-    assert len(ours) == len(model.variables) - 2
     not_encoder = re.compile(r"cls/|global_step$|.*/(adam_[mv]|Adam(_1)?)$")
-    theirs = [
-        (bertflask._common_name(variable), shape)
-        for variable, shape in stored["variables"].items()
-        if not not_encoder.match(variable)
-    ]
-    assert sorted(ours.items()) == sorted(theirs)
+    theirs = {k: v for k, v in stored["variables"].items() if not not_encoder.match(k)}
+    names = [name for name in model.variables if not name.startswith("classifier/")]
+    google = {name: google_name(name, model.config["model_type"]) for name in names}
+    shapes = {google[name]: list(model.variables[name].shape) for name in names}
+    assert shapes == theirs
+    found = {bertflask._common_name(stored): stored for stored in theirs}
+    assert {name: found[bertflask._common_name(name)] for name in names} == google
 
 
 @st.composite
@@ -1974,6 +1978,26 @@ def test_a_missing_variable_is_an_error_that_names_it(tiny_bert_dir, tmp_path, l
     )
     with pytest.raises(bertflask.PretrainedError, match=f"{name} is missing"):
         bertflask.build_model(folder, 3)
+
+
+@pytest.mark.parametrize("ending", [".index", ".data-00000-of-00001"])
+@pytest.mark.parametrize("rest", [None, 0, 40])
+def test_weights_that_are_damaged_or_missing_are_one_clear_error(
+    tiny_bert_dir, tmp_path, ending, rest
+):
+    folder = shutil.copytree(tiny_bert_dir, tmp_path / "copy")
+    path = folder / f"bert_model.ckpt{ending}"
+    path.unlink() if rest is None else path.write_bytes(path.read_bytes()[:rest])
+    with pytest.raises(bertflask.PretrainedError, match="weights") as caught:
+        bertflask.build_model(folder, 2)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_safetensors_file_is_one_clear_error(tiny_bert_dir, tmp_path):
+    folder = shutil.copytree(tiny_bert_dir, tmp_path / "copy")
+    (folder / "model.safetensors").write_bytes(b"\x10" + bytes(30))
+    with pytest.raises(bertflask.PretrainedError, match="weights"):
+        bertflask.build_model(folder, 2)
 
 
 def test_a_misshapen_variable_is_an_error_that_names_it(tiny_bert_dir, tmp_path):
@@ -2461,6 +2485,15 @@ def test_an_unreadable_manifest_is_refused_with_one_line(copied_run, content):
     with pytest.raises(bertflask.ArtifactError, match="config.json") as caught:
         bertflask.Classifier.load(copied_run)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "vocab.txt", "golden.json"])
+def test_a_manifest_without_a_digest_of_what_serving_reads_is_refused(copied_run, name):
+    config = json.loads((copied_run / "config.json").read_text(encoding="utf-8"))
+    del config["files"][name]
+    (copied_run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(bertflask.ArtifactError, match=name):
+        bertflask.Classifier.load(copied_run)
 
 
 def test_a_file_that_links_out_of_the_run_is_refused(copied_run, tmp_path):
@@ -3363,12 +3396,13 @@ def test_evaluate_passes_on_what_it_was_given(run, replaced):
     assert calls == [(("docstrings",), columns)]
 
 
-def predict_file(run, content, *flags):
+def predict_file(run, content, *flags, out="out.csv"):
     Path("in.csv").write_text(content, "utf-8", newline="")
-    code, stdout, err = run("predict", "in.csv", "out.csv", *flags)
+    code, stdout, err = run("predict", "in.csv", out, *flags)
     assert (code, stdout) == (0, ""), err
-    with open("out.csv", encoding="utf-8", newline="") as stream:
-        return list(csv.reader(stream, strict=True))
+    with open(out, encoding="utf-8", newline="") as stream:
+        delimiter = "\t" if out.endswith(".tsv") else ","
+        return list(csv.reader(stream, delimiter=delimiter, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -3378,7 +3412,7 @@ def predict_file(run, content, *flags):
         ("text;n\n\n a;1\n;2\n", [[" a", "1", "short"], ["", "2", "short"]]),
         ('n\ttext\r\n1\t"x\ny"\r\n', [["1", "x\ny", "short"]]),
         ('\ufefftext\n"a\rb,""c"""\n', [['a\rb,"c"', "long"]]),
-        ('text,n,\n"\r",1,\n', [["\r", "1", "", "short"]]),
+        ('text,n,\n"\r",1,\n', [["\r", "1", "short"]]),
     ],
 )
 def test_predict_copies_every_row_and_adds_label_and_probability(run, content, rows):
@@ -3399,11 +3433,11 @@ def test_predict_keeps_columns_that_have_its_names(run, taken, added):
     assert predict_file(run, content)[0] == ["text", *taken.split(","), *added]
 
 
-def test_predict_replaces_an_older_file(run, tmp_path):
-    (tmp_path / "out.csv").write_text("old")
-    rows = predict_file(run, "post,x\na,b\n")
+def test_predict_writes_tabs_to_a_tsv_and_replaces_an_older_file(run, tmp_path):
+    (tmp_path / "out.tsv").write_text("old")
+    rows = predict_file(run, "post,x\na,b\n", out="out.tsv")
     assert rows == [["post", "x", "label", "probability"], ["a", "b", "short", "0.75"]]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.csv", "out.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.csv", "out.tsv"]
 
 
 def test_predict_takes_the_column_it_is_told(run):
