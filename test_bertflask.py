@@ -1165,6 +1165,8 @@ def test_given_columns_win_over_known_names(read):
     "header, row",
     [
         ("label;text", "x;a, b, c"),
+        ("label;text, with, commas", "x;a"),
+        ("Label;Text;a, b, c, d", "x;hi;1"),
         ("text\tlabel", "a, b; c\tx"),
         ("text,label", "a;b\tc,x"),
         ('"text; raw","label"', '"a","x"'),
