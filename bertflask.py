@@ -23,12 +23,14 @@ import difflib
 import fcntl
 import functools
 import hashlib
+import hmac
 import http.client
 import importlib.util
 import io
 import itertools
 import json
 import logging
+import math
 import mmap
 import os
 import re
@@ -37,8 +39,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
+import types
 import unicodedata
 import urllib.request
 import warnings
@@ -94,9 +98,11 @@ class ServerError(BertFlaskError):
 class RequestError(BertFlaskError):
     """A request cannot be answered; carries the HTTP status, code and field."""
 
-    def __init__(self, message: str, status: int, code: str, field: str | None = None):
+    def __init__(
+        self, message: str, status: int, code: str, field: str | None = None, wait_s=1
+    ):
         super().__init__(message)
-        self.status, self.code, self.field = status, code, field
+        self.status, self.code, self.field, self.wait_s = status, code, field, wait_s
 
 
 # === 2. Pretrained models: PRETRAINED, Pretrained ===
@@ -1639,9 +1645,38 @@ def _load_manifest(run_dir: Path) -> dict:
     return config
 
 
-# === 11. Prediction: Prediction, Classifier ===
+# === 11. Prediction: Prediction, Classifier, Batcher ===
 
-_PREDICTION_TOKENS = 4096  # in a batch, padding included
+_BULK_TOKENS, _BATCH_TOKENS = 4096, 1024  # in a batch, padding included
+_STUCK_S = 30.0  # a batch that takes longer does not come back
+_LOOK_S = 0.25  # between two looks whether the client is still there
+_TWOS, _TENTHS = [2**i for i in range(14)], [i / 10 for i in range(1, 11)]
+_METRICS = (  # name, kind, help, names of labels, upper bounds of buckets
+    ("requests", "Counter", "Requests answered", ("endpoint", "status")),
+    ("request_seconds", "Histogram", "Time to answer a request", ("endpoint",)),
+    ("queue_tokens", "Gauge", "Tokens that wait"),
+    ("queue_seconds", "Histogram", "Time that a text waits"),
+    ("batch_texts", "Histogram", "Texts in a batch", (), _TWOS),
+    ("batch_tokens", "Histogram", "Tokens in a batch, with padding", (), _TWOS),
+    ("padding_share", "Histogram", "Share of padding in a batch", (), _TENTHS),
+    ("cache_hits", "Counter", "Texts answered without computing"),
+    ("predictions", "Counter", "Texts by their best label", ("label",)),
+    ("top_probability", "Histogram", "Probability of the best label", (), _TENTHS),
+    ("model_info", "Gauge", "The model that answers", ("model",)),
+    ("reloads", "Counter", "New models, and why they failed", ("result",)),
+)
+
+
+def _metrics() -> Any:
+    """The metrics as attributes, and their `registry`."""
+    import prometheus_client as prometheus
+
+    found = types.SimpleNamespace(registry=prometheus.CollectorRegistry())
+    for name, kind, text, *others in _METRICS:
+        options = dict(zip(("labelnames", "buckets"), others), registry=found.registry)
+        made = getattr(prometheus, kind)(f"bertflask_{name}", text, **options)
+        setattr(found, name, made)
+    return found
 
 
 @dataclass(frozen=True)
@@ -1655,7 +1690,7 @@ class Prediction:
     model: str  # the name of the model that answered
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Classifier:
     """A verified run: texts in, labels and probabilities out. Threads may share it."""
 
@@ -1680,69 +1715,344 @@ class Classifier:
 
     def probabilities(self, texts: Sequence[str]) -> np.ndarray:
         """Softmax probabilities of the labels, float32 [n, n_labels]."""
-        return self._classify(texts)[0]
+        return self.run(self.encode(texts)[0])
 
     def predict(self, texts: Sequence[str], top_k: int = 1) -> list[Prediction]:
         """One Prediction a text, in order, with its `top_k` best labels."""
-        found = []
-        for p, truncated in zip(*self._classify(texts)):
-            best = np.argsort(-p, kind="stable")[:top_k]
-            rows = [{"label": self.labels[i], "probability": float(p[i])} for i in best]
-            found.append(Prediction(*rows[0].values(), truncated, rows, self.name))
-        return found
+        token_ids, truncated = self.encode(texts)
+        return self.rank(self.run(token_ids), truncated, top_k)
 
-    def _classify(self, texts: Sequence[str]) -> tuple[np.ndarray, list[bool]]:
+    def encode(self, texts: Sequence[str]) -> tuple[list[np.ndarray], list[bool]]:
+        """Each text's token ids, and whether they were cut at `max_seq_len`."""
         limit = self.max_seq_len
         token_ids = self.tokenizer.encode(texts, limit + 1)  # one more shows a cut
         truncated = [len(ids) > limit for ids in token_ids]
         for i in np.flatnonzero(truncated):
             token_ids[i] = np.delete(token_ids[i], -2)  # the last one stays [SEP]
+        return token_ids, truncated
+
+    def run(self, token_ids: list[np.ndarray]) -> np.ndarray:
+        """The probabilities for what `encode` gave, float32 [n, n_labels]."""
         logits = np.empty((len(token_ids), len(self.labels)), np.float32)
-        for rows in batches_by_tokens([*map(len, token_ids)], _PREDICTION_TOKENS):
-            batch = [token_ids[row] for row in rows]
-            logits[rows] = self.session.run(None, {"ids": pad(batch)})[0]
+        for rows in batches_by_tokens([*map(len, token_ids)], _BULK_TOKENS):
+            ids = pad([token_ids[row] for row in rows])
+            logits[rows] = self.session.run(None, {"ids": ids})[0]
         exp = np.exp(logits - logits.max(-1, keepdims=True))
-        return exp / exp.sum(-1, keepdims=True), truncated
+        return exp / exp.sum(-1, keepdims=True)
+
+    def rank(self, rows: Any, truncated: list[bool], top_k: int) -> list[Prediction]:
+        """The Predictions of texts with these rows of probabilities."""
+        found = []
+        for p, cut in zip(rows, truncated):
+            best = np.argsort(-p, kind="stable")[:top_k]
+            ranks = [
+                {"label": self.labels[i], "probability": float(p[i])} for i in best
+            ]
+            found.append(Prediction(*ranks[0].values(), cut, ranks, self.name))
+        return found
 
 
-# === 12. HTTP: create_app, serve ===
+@dataclass(eq=False)
+class _Job:
+    """A text to classify, for all the requests under way that have it."""
+
+    key: tuple  # classifier and bytes of the token ids
+    token_ids: np.ndarray
+    came: float  # a time of time.monotonic, as the next
+    due: float  # its place in the queue
+    n_waiting: int = 0  # requests
+    result: Any = None  # probabilities or an exception
+    done: threading.Event = dataclasses.field(default_factory=threading.Event)
+
+
+class Batcher:
+    """A classifier for many threads: a thread of its own runs what they ask in batches.
+
+    A batch is the text that is due first with others of about its length; a text that
+    comes alone is run at once. Equal texts are computed once, and kept for the next
+    who asks. All that belongs to the classifier that cut a text into its token ids.
+    """
+
+    def __init__(
+        self, classifier: Any, metrics: Any, queue_tokens: int, cache_size: int
+    ) -> None:
+        self.classifier, self.metrics = classifier, metrics
+        self.queue_tokens, self.cache_size = queue_tokens, cache_size
+        self._changed, self._closed = threading.Condition(), False
+        self._queue: dict[tuple, _Job] = {}  # by classifier and token ids, as the next
+        self._running: dict[tuple, _Job] = {}
+        self._cache: dict[tuple, _Job] = {}  # the latest asked for last
+        self._rate, self._began = 5000.0, math.inf  # tokens/s; when a batch began
+        metrics.queue_tokens.set_function(self.n_tokens)
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    name = property(lambda self: self.classifier.name)
+    labels = property(lambda self: self.classifier.labels)
+
+    def predict(
+        self,
+        texts: Sequence[str],
+        top_k: int = 1,
+        deadline: float = math.inf,
+        is_gone: Callable[[], bool] = bool,
+    ) -> list[Prediction]:
+        """As `Classifier.predict`, before `deadline`, a time of `time.monotonic`.
+
+        Raises RequestError if the queue is full, at the deadline, and when `is_gone`,
+        asked now and then, says that the client has left.
+        """
+        classifier = self.classifier
+        token_ids, truncated = classifier.encode(texts)
+        jobs = self._enter(classifier, token_ids)
+        try:
+            rows = [_wait(job, deadline, is_gone) for job in jobs]
+        finally:
+            with self._changed:
+                for job in jobs:
+                    job.n_waiting -= 1  # at 0 it is not computed any more
+        return classifier.rank(rows, truncated, top_k)
+
+    def swap(self, classifier: Any) -> None:
+        """Another one answers from now on; the old one what it has accepted."""
+        with self._changed:
+            self.classifier, self._cache = classifier, {}
+
+    def close(self) -> None:
+        """Returns when all that was accepted is answered; then nothing more is."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def is_working(self) -> bool:
+        """The thread lives and is not stuck in a batch."""
+        return self._thread.is_alive() and time.monotonic() - self._began < _STUCK_S
+
+    def n_tokens(self) -> int:
+        """How many are in the queue."""
+        with self._changed:
+            return sum(len(job.token_ids) for job in self._queue.values())
+
+    def wait_s(self) -> int:
+        """The seconds that it takes to empty the queue."""
+        return math.ceil(self.n_tokens() / self._rate) or 1
+
+    def _enter(self, classifier: Any, token_ids: list[np.ndarray]) -> list[_Job]:
+        keys = [(classifier, ids.tobytes()) for ids in token_ids]
+        came = due = time.monotonic()
+        with self._changed:
+            new = {key: x for key, x in zip(keys, token_ids) if not self._find(key)}
+            n, added = self.n_tokens(), sum(map(len, new.values()))
+            # what is larger than the whole queue is taken when that is empty
+            if n and added and n + added > self.queue_tokens:
+                raise _queue_full(self)
+            for key, ids in new.items():
+                due += len(ids) / self._rate  # so short requests pass a long one
+                self._queue[key] = _Job(key, ids, came, due)
+            jobs = [self._find(key) for key in keys]
+            for job in jobs:
+                job.n_waiting += 1
+            self._changed.notify()
+        self.metrics.cache_hits.inc(len(jobs) - len(new))
+        return jobs
+
+    def _find(self, key: tuple) -> _Job | None:
+        if key in self._cache:
+            self._cache[key] = self._cache.pop(key)  # the latest comes last
+        return self._queue.get(key) or self._running.get(key) or self._cache.get(key)
+
+    def _work(self) -> None:
+        while self._queue or not self._closed:
+            if batch := self._take():
+                self._run(batch)
+                self._began = math.inf
+
+    def _take(self) -> list[_Job]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue or self._closed)
+            waiting = [job for job in self._queue.values() if job.n_waiting]
+            waiting.sort(key=lambda job: job.due)
+            same = [job for job in waiting if job.key[0] is waiting[0].key[0]]
+            lengths = [len(job.token_ids) for job in same]
+            batches = batches_by_tokens(lengths, _BATCH_TOKENS)
+            batch = [same[row] for rows in batches if 0 in rows for row in rows]
+            self._running = {job.key: job for job in batch}
+            self._queue = {x.key: x for x in waiting if x.key not in self._running}
+            self._began = time.monotonic()
+            return batch
+
+    def _run(self, batch: list[_Job]) -> None:
+        classifier, began = batch[0].key[0], time.monotonic()
+        try:
+            results = classifier.run([job.token_ids for job in batch])
+        except Exception as error:
+            if len(batch) > 1:  # one of them makes the model fail: it fails alone
+                for job in batch:
+                    self._run([job])
+                return
+            results = [error]
+        self._measure(batch, began)
+        with self._changed:
+            for job, job.result in zip(batch, results, strict=True):
+                del self._running[job.key]
+                fine = not isinstance(job.result, Exception)
+                if fine and classifier is self.classifier:
+                    self._cache[job.key] = job
+                job.done.set()
+            for key in [*self._cache][: -self.cache_size or None]:
+                del self._cache[key]
+
+    def _measure(self, batch: list[_Job], began: float) -> None:
+        lengths, metrics = [len(job.token_ids) for job in batch], self.metrics
+        rate = sum(lengths) / (time.monotonic() - began + 1e-6)
+        self._rate += 0.1 * (rate - self._rate)
+        n_padded = len(batch) * max(lengths)
+        metrics.batch_texts.observe(len(batch))
+        metrics.batch_tokens.observe(n_padded)
+        metrics.padding_share.observe(1 - sum(lengths) / n_padded)
+        for job in batch:
+            metrics.queue_seconds.observe(began - job.came)
+
+
+def _queue_full(model: Any) -> RequestError:
+    wait_s = model.wait_s() if isinstance(model, Batcher) else 1
+    return RequestError("too many wait", 429, "queue_full", wait_s=wait_s)
+
+
+def _wait(job: _Job, deadline: float, is_gone: Callable[[], bool]) -> np.ndarray:
+    while not job.done.wait(min(_LOOK_S, max(0, deadline - time.monotonic()))):
+        if time.monotonic() >= deadline:
+            raise RequestError("not answered in time", 504, "deadline_passed")
+        if is_gone():
+            raise RequestError("the client left", 499, "client_left")
+    if isinstance(job.result, Exception):
+        raise job.result
+    return job.result
+
+
+# === 12. HTTP: Limits, create_app, serve ===
+
+_BACKLOG = 2048  # connections that the kernel accepts ahead
+_SPARE_THREADS = 4  # for those who are refused, and for health checks
+_WATCH_S = 1.0  # between two looks for a new latest model
+_DEADLINE = "X-Request-Deadline-Ms"
+_GRACE_S = 5.0  # to send answers, when all requests are past their deadline
+_OPEN_PATHS = ("/health_check", "/readyz", "/metrics")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the API accepts and keeps; every field is a flag of `serve`."""
+
+    max_body_bytes: int = _field("bytes of a request", 10 * 2**20)
+    max_texts: int = _field("texts of a request", 1000)
+    max_characters: int = _field("characters of a text", 1_000_000)
+    max_top_k: int = _field("labels of a text in top_k", 100)
+    queue_tokens: int = _field("tokens that may wait for the model", 65_536)
+    cache_size: int = _field("answers to remember; 0: none", 4096)
+    deadline: float = _field("seconds a request may take", 30.0)
+    api_keys: str | None = _field("file with an API key a line", None)
+    open_health: bool = _field("health and metrics without a key", False)
+    trusted_proxies: int = _field("proxies that set X-Forwarded-For", 0)
+
+
+@dataclass
+class _Service:
+    """What the views share."""
+
+    model: Any
+    limits: Limits
+    metrics: Any
+    keys: list[bytes]  # nobody needs one if there is none
+    slots: threading.Semaphore  # for requests at once
+    draining: bool = False
+    reload_error: str | None = None
 
 
 def create_app(
-    classifier: Any,
-    *,
-    max_body_bytes: int = 10 * 2**20,
-    max_texts: int = 1000,
-    max_characters: int = 1_000_000,  # of one text
+    classifier: Any, *, max_requests: int = 2**31, **limits: Any
 ) -> flask.Flask:
-    """A Flask application on anything with `labels`, `name` and `predict`."""
-    from flask import Flask, g, request
-    from pydantic import Field, create_model
+    """A Flask application on anything with `labels`, `name` and `predict`.
 
-    text = Annotated[str, Field(max_length=max_characters)]
-    texts = Annotated[list[text], Field(min_length=1, max_length=max_texts)]
-    top_k = Annotated[int, Field(ge=1, le=len(classifier.labels))] | None
-    strict = {"strict": True}  # true is no number, 1 is no text
-    body = create_model("Body", __config__=strict, x=(texts, ...), top_k=(top_k, None))
+    `limits` are fields of Limits; more than `max_requests` at once get a 429.
+    `app.extensions["bertflask"]` is what its views share.
+    """
+    from flask import Flask, request
+    from werkzeug.middleware.proxy_fix import ProxyFix
+
+    limits, metrics = Limits(**limits), _metrics()
+    if isinstance(classifier, Classifier):
+        sizes = limits.queue_tokens, limits.cache_size
+        classifier = Batcher(classifier, metrics, *sizes)
+    slots, keys = threading.Semaphore(max_requests), _read_keys(limits.api_keys)
+    service = _Service(classifier, limits, metrics, keys, slots)
     app = Flask(__name__, static_folder=None)
+    app.extensions["bertflask"] = service
     app.json.sort_keys = False
     app.url_map.merge_slashes = False  # it redirects, with a page of HTML
-    app.before_request(functools.partial(_start_request, g))
-    app.after_request(functools.partial(_log_request, g, request))
-    app.register_error_handler(Exception, functools.partial(_answer_error, g))
-    view = functools.partial(_predict, request, classifier, body, max_body_bytes)
-    app.add_url_rule("/predict", "predict", view, methods=["POST"])
-    app.add_url_rule("/health_check", "health_check", lambda: {"status": "ok"})
+    app.wsgi_app = ProxyFix(app.wsgi_app, x_for=limits.trusted_proxies, x_proto=0)
+    app.before_request(functools.partial(_start_request, service, request))
+    app.after_request(functools.partial(_log_request, service, request))
+    app.register_error_handler(Exception, functools.partial(_answer_error, request))
+    for path, (method, view, _) in _ROUTES.items():
+        view = functools.partial(view, service, request)
+        app.add_url_rule(path, path, view, methods=[method.upper()])
     return app
 
 
-def _start_request(g: Any) -> None:
-    g.request_id, g.started = os.urandom(16).hex(), time.perf_counter()
+def _read_keys(path: str | None) -> list[bytes]:
+    given = os.environ.get("BERTFLASK_API_KEYS", "")
+    if path and not (given := Path(path).read_text("utf-8")).split():
+        raise ServerError(f"{path} has no API key: write one a line")
+    return [key.encode() for key in given.split()]
 
 
-def _predict(request: Any, classifier: Any, kind: Any, limit: int) -> dict[str, Any]:
-    body = _read_body(request, kind, limit)
-    found = classifier.predict(body.x, top_k=body.top_k or 1)
+def _start_request(service: _Service, request: Any) -> None:
+    request.id, request.started = os.urandom(16).hex(), time.monotonic()
+    given = request.headers.get("Authorization", "").encode()
+    # all of them are compared, so that the time does not tell which one is near
+    fits = [hmac.compare_digest(b"Bearer " + key, given) for key in service.keys]
+    is_open = service.limits.open_health and request.path in _OPEN_PATHS
+    if fits and not any(fits) and not is_open:
+        words = "send an API key that is known, as Authorization: Bearer KEY"
+        raise RequestError(words, 401, "unauthorized", "Authorization")
+
+
+def _readyz(service: _Service, request: Any) -> dict:
+    model = service.model
+    if service.draining:
+        raise RequestError("the server is shutting down", 503, "draining")
+    if isinstance(model, Batcher) and not model.is_working():
+        raise RequestError("the thread of the model is stuck or dead", 503, "stuck")
+    return {"status": "ready", "model": model.name, "error": service.reload_error}
+
+
+def _metrics_page(service: _Service, request: Any) -> tuple[bytes, dict]:
+    from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+    service.metrics.model_info.clear()
+    service.metrics.model_info.labels(service.model.name).set(1)
+    text = generate_latest(service.metrics.registry)
+    return text, {"Content-Type": CONTENT_TYPE_LATEST}
+
+
+def _predict(service: _Service, request: Any) -> dict:
+    if not service.slots.acquire(blocking=False):
+        raise _queue_full(service.model)
+    try:
+        body, options = _read_body(service, request), {}
+        if isinstance(service.model, Batcher):
+            options["deadline"] = request.started + _allowed_s(service, request)
+            options["is_gone"] = request.environ.get(
+                "waitress.client_disconnected", bool
+            )
+        found = service.model.predict(body.x, top_k=body.top_k or 1, **options)
+    finally:
+        service.slots.release()
+    for one in found:
+        service.metrics.predictions.labels(one.label).inc()
+        service.metrics.top_probability.observe(one.probability)
     answer = {
         "model": found[0].model,  # the one that answered, whatever is loaded now
         "predictions": [one.label for one in found],
@@ -1752,17 +2062,28 @@ def _predict(request: Any, classifier: Any, kind: Any, limit: int) -> dict[str, 
     return answer | ({"top_k": [one.top_k for one in found]} if body.top_k else {})
 
 
-def _read_body(request: Any, kind: Any, limit: int) -> Any:
-    """A `kind`, a pydantic model; RequestError if the body is none or over `limit`."""
+def _allowed_s(service: _Service, request: Any) -> float:
+    """The seconds that a request may take; its header may shorten them."""
+    limit = service.limits.deadline
+    if (given := request.headers.get(_DEADLINE)) is None:
+        return limit
+    if not re.fullmatch("[0-9]{1,9}", given):
+        words = f"{_DEADLINE} is no number of milliseconds"
+        raise RequestError(words, 422, "int_parsing", _DEADLINE)
+    return min(limit, int(given) / 1000)
+
+
+def _read_body(service: _Service, request: Any) -> Any:
+    """The body, checked; RequestError if it is of another shape or too large."""
     from pydantic import ValidationError
 
+    limit, n_labels = service.limits.max_body_bytes, len(service.model.labels)
     try:
         raw = request.stream.read(limit + 1)
         if len(raw) <= limit:
             # int() refuses NaN and Infinity
-            return kind.model_validate(json.loads(raw, parse_constant=int))
-        for _ in range(100):  # most clients first send all of a body
-            request.stream.read(2**20)
+            value = json.loads(raw, parse_constant=int)
+            return _schemas(service.limits, n_labels)["Body"].model_validate(value)
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]
         field, *index = problem["loc"] or (None,)
@@ -1773,10 +2094,71 @@ def _read_body(request: Any, kind: Any, limit: int) -> Any:
     raise RequestError(f"the body is over {limit} bytes", 413, "body_too_large")
 
 
-def _answer_error(g: Any, error: Exception) -> tuple[dict, int, dict[str, str]]:
+@functools.cache
+def _schemas(limits: Limits, n_labels: int) -> dict[str, Any]:
+    """pydantic models by name: of the body and, to be described, of the answers."""
+    from pydantic import Field, create_model
+
+    text = Annotated[str, Field(max_length=limits.max_characters)]
+    texts = Annotated[list[text], Field(min_length=1, max_length=limits.max_texts)]
+    most = min(limits.max_top_k, n_labels)
+    top_k = Annotated[int, Field(ge=1, le=most)] | None
+    strict = {"strict": True}  # true is no number, 1 is no text
+    rank = create_model("Rank", label=str, probability=float)
+    lists = {"predictions": list[str], "probabilities": list[float]}
+    lists |= {"truncated": list[bool], "top_k": (list[list[rank]], [])}
+    reason = create_model("Reason", code=str, message=str, field=str | None)
+    state = {"status": str, "model": (str, ""), "error": (str | None, None)}
+    models = (
+        create_model("Body", __config__=strict, x=(texts, ...), top_k=(top_k, None)),
+        create_model("Answer", model=str, **lists),
+        create_model("State", **state),
+        create_model("Error", error=reason),
+    )
+    return {model.__name__: model for model in models}
+
+
+def _openapi(service: _Service, request: Any) -> dict:
+    from pydantic.json_schema import models_json_schema
+
+    place = "#/components/schemas/{model}"
+    models = _schemas(service.limits, len(service.model.labels)).values()
+    pairs = [(model, "validation") for model in models]
+    parts = {"schemas": models_json_schema(pairs, ref_template=place)[1]["$defs"]}
+
+    def holds(name: str) -> dict:
+        return {"application/json": {"schema": {"$ref": place.format(model=name)}}}
+
+    error = {"description": "a refusal", "content": holds("Error")}
+    paths: dict = {}
+    for path, (method, _, answer) in _ROUTES.items():
+        found = {"description": "OK"} | ({"content": holds(answer)} if answer else {})
+        paths[path] = {method: {"responses": {"200": found, "default": error}}}
+    header = {"in": "header", "name": _DEADLINE}
+    header["schema"] = {"type": "integer", "minimum": 0, "maximum": 10**9 - 1}
+    body = {"required": True, "content": holds("Body")}
+    paths["/predict"]["post"] |= {"parameters": [header], "requestBody": body}
+    info = {"title": "bertflask", "version": __version__}
+    whole = {"openapi": "3.1.0", "info": info, "paths": paths, "components": parts}
+    if service.keys:
+        parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        whole["security"] = [{"key": []}]
+    return whole
+
+
+_ROUTES = {  # path: method, view and what it answers
+    "/predict": ("post", _predict, "Answer"),
+    "/health_check": ("get", lambda *_: {"status": "ok"}, "State"),
+    "/readyz": ("get", _readyz, "State"),
+    "/metrics": ("get", _metrics_page, None),
+    "/openapi.json": ("get", _openapi, None),
+}
+
+
+def _answer_error(request: Any, error: Exception) -> tuple[dict, int, dict[str, str]]:
     from werkzeug.exceptions import HTTPException
 
-    headers = {"Retry-After": "1"} if getattr(error, "status", 0) == 429 else {}
+    headers = {}
     if isinstance(error, HTTPException):  # 404, 405
         headers = {key: v for key, v in error.get_headers() if key == "Allow"}
         code = error.name.lower().replace(" ", "_")
@@ -1784,80 +2166,168 @@ def _answer_error(g: Any, error: Exception) -> tuple[dict, int, dict[str, str]]:
     elif not isinstance(error, RequestError):
         # without the exception's message, which may quote a text
         frames = "".join(traceback.format_tb(error.__traceback__))
-        log.error("%s in request %s\n%s", type(error).__name__, g.request_id, frames)
-        error = RequestError(f"a bug, logged as {g.request_id}", 500, "internal_error")
+        log.error("%s in request %s\n%s", type(error).__name__, request.id, frames)
+        error = RequestError(f"a bug, logged as {request.id}", 500, "internal_error")
+    if error.status == 429:
+        headers["Retry-After"] = str(error.wait_s)
+    elif error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     parts = {"code": error.code, "message": str(error), "field": error.field}
     return {"error": parts}, error.status, headers
 
 
-def _log_request(g: Any, request: Any, response: flask.Response) -> flask.Response:
-    response.headers["X-Request-Id"] = g.request_id
+def _log_request(
+    service: _Service, request: Any, response: flask.Response
+) -> flask.Response:
+    seconds, status = time.monotonic() - request.started, response.status_code
+    route, metrics = str(request.url_rule), service.metrics
+    metrics.requests.labels(route, status).inc()
+    metrics.request_seconds.labels(route).observe(seconds)
+    response.headers["X-Request-Id"] = request.id
     entry = {
         "endpoint": request.path,
         "response": response.get_json(silent=True),
-        "status_code": response.status_code,
-        "response_time": round(time.perf_counter() - g.started, 6),  # seconds
+        "status_code": status,
+        "response_time": round(seconds, 6),
         "user_ip": request.remote_addr,
         "user_agent": request.user_agent.string,
-        "request_id": g.request_id,
+        "request_id": request.id,
     }
     logging.getLogger("bertflask.requests").info(json.dumps(entry))
     return response
 
 
 def serve(
-    run_dir: str | None, models_dir: str, host: str, port: int, threads: int
+    run_dir: str | None,
+    models_dir: str,
+    host: str,
+    port: int,
+    threads: int,
+    drain_delay: float = 0.0,
+    **limits: Any,
 ) -> None:
     """Serves a run until SIGTERM or SIGINT; then answers what was accepted, and exits.
 
-    Raises ServerError if it cannot listen; exits with 2 if it cannot load the model.
+    A process of its own does it, and is started again when it dies. SIGHUP or a new
+    latest model changes the model. `limits` are fields of Limits. Raises ServerError
+    if it cannot listen, other errors if it cannot load the model.
     """
-    from gunicorn.app.base import BaseApplication
-
     try:
-        listener = socket.create_server((host, port), backlog=2048)
+        listener = socket.create_server((host, port), backlog=_BACKLOG)
     except (OSError, UnicodeError) as error:
         words = f"cannot listen on {host} port {port}: {_one_line(error)}"
         raise ServerError(f"{words}; give another --port") from None
-    url = f"http://{host}:{listener.getsockname()[1]}"
-    settings = _GUNICORN | {"bind": f"fd://{listener.detach()}", "threads": threads}
+    ready, child, stopped = mmap.mmap(-1, 1), 0, False  # ready: shared by processes
 
-    class Server(BaseApplication):
-        def load_config(self) -> None:
-            for key, value in settings.items():
-                self.cfg.set(key, value)
+    def pass_on(number: int, _: Any) -> None:
+        nonlocal stopped
+        stopped = stopped or number != signal.SIGHUP
+        if child:
+            os.kill(child, number)
+        elif stopped:  # this is a child that still loads
+            os._exit(0)
 
-        def load(self) -> flask.Flask:  # in the worker
-            return _load_app(run_dir, models_dir, url)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, pass_on)
+    while not stopped:
+        with warnings.catch_warnings(action="ignore"):  # numpy's threads, which idle
+            child = os.fork()
+        if not child:
+            limits["max_requests"] = max(1, threads - _SPARE_THREADS)
+            load = functools.partial(Classifier.load, run_dir, models_dir)
+            app = create_app(load(), **limits)
+            ready.write(b"1")
+            latest = (
+                Path(run_dir, "config.json") if run_dir else Path(models_dir, LATEST)
+            )
+            _answer(app, listener, threads, drain_delay, load, latest)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code < 0:
+            words = "the serving process was killed by signal %d, out of memory?"
+            log.error(words, -code)
+        if code == 0 or not ready[0]:
+            sys.exit(2 if code < 0 else code)
+    sys.exit(1)
 
-    Server().run()
 
+def _answer(
+    app: flask.Flask,
+    listener: socket.socket,
+    threads: int,
+    drain_delay: float,
+    load: Callable,
+    latest: Path,
+) -> None:
+    """Serves with waitress, which holds no thread for a slow client, then exits."""
+    import waitress
 
-_GUNICORN = {
-    "workers": 1,
-    "worker_class": "gthread",
-    "timeout": 0,  # a model that loads slowly is not a worker that hangs
-    "loglevel": "error",
-    "control_socket_disable": True,
-    # By itself gunicorn answers SIGINT by dropping requests, and starts a worker that
-    # fails to load again and again. The flag is memory shared with the worker.
-    "when_ready": lambda server: setattr(server, "handle_int", server.handle_term),
-    "pre_fork": lambda _, worker: setattr(worker, "has_loaded", mmap.mmap(-1, 1)),
-    "post_worker_init": lambda worker: worker.has_loaded.write(b"1"),
-    "child_exit": lambda _, worker: worker.has_loaded[0] or sys.exit(2),
-}
-
-
-def _load_app(run_dir: str | None, models_dir: str, url: str) -> flask.Flask:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all
-    try:
-        app = create_app(classifier := Classifier.load(run_dir, models_dir))
-    except Exception as error:
-        log.error(_error_line(error))
-        raise SystemExit(0) from None  # then the server ends with 2, see child_exit
+    service, stop, wake = app.extensions["bertflask"], [], threading.Event()
+    logging.getLogger("waitress").setLevel(logging.ERROR)
+    waitress.utilities.Error.to_response = _to_response
+    server = waitress.create_server(
+        app, sockets=[listener], threads=threads, ident=None, connection_limit=1000,
+        channel_request_lookahead=1,  # tells when a client leaves
+        max_request_body_size=service.limits.max_body_bytes + 100 * 2**20,
+    )  # fmt: skip
+    turn = functools.partial(waitress.wasyncore.loop, 0.1, True, server._map, 1)
+    signal.signal(signal.SIGHUP, lambda *_: wake.set())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: (stop.append(1), server.pull_trigger()))
+    args = (service, load, latest, wake)
+    threading.Thread(target=_watch, args=args, daemon=True).start()
+    url = "http://{}:{}".format(*listener.getsockname())
     curl = f"""curl {url}/predict -d '{{"x": ["a text"]}}'"""
-    log.info("ready: %s serves %s; try: %s", url, classifier.name, curl)
-    return app
+    log.info("ready: %s serves %s; try: %s", url, service.model.name, curl)
+    while not stop:
+        turn()
+    service.draining, end = True, time.monotonic() + drain_delay
+    while time.monotonic() < end:
+        turn()
+    for _ in range(_BACKLOG):
+        server.handle_accept()  # whom the kernel has let in
+    listener.shutdown(socket.SHUT_RDWR)  # for the first process, too, which holds it
+    server.del_channel()
+    end = time.monotonic() + service.limits.deadline + _GRACE_S
+    while server.active_channels and time.monotonic() < end:
+        turn()
+        for channel in [*server.active_channels.values()]:
+            is_new = time.time() - channel.last_activity < 0.5
+            if not (channel.requests or channel.total_outbufs_len or is_new):
+                channel.will_close = True
+    os._exit(0)  # whatever other threads do
+
+
+def _to_response(error: Any, ident: str | None = None) -> tuple[str, list, bytes]:
+    """As waitress tells what is wrong with HTTP itself, but in JSON."""
+    code = error.reason.lower().replace(" ", "_")
+    parts = {"code": code, "message": error.body, "field": None}
+    kind = [("Content-Type", "application/json")]
+    body = json.dumps({"error": parts}).encode()
+    return f"{error.code} {error.reason}", kind, body
+
+
+def _watch(
+    service: _Service, load: Callable, latest: Path, wake: threading.Event
+) -> None:
+    """Changes the model when `latest` does, or on `wake`; keeps it if that fails."""
+
+    def look() -> tuple | None:
+        with contextlib.suppress(OSError):
+            found = latest.stat()
+            return found.st_ino, found.st_mtime_ns
+
+    seen = look()
+    while True:
+        asked, now = wake.wait(_WATCH_S), look()
+        wake.clear()
+        if asked or now != seen:
+            seen, service.reload_error = now, None
+            try:
+                service.model.swap(load())
+            except Exception as error:
+                service.reload_error = _one_line(error)
+                log.error("%s goes on: %s", service.model.name, service.reload_error)
+            service.metrics.reloads.labels(service.reload_error or "done").inc()
 
 
 def _error_line(error: Exception) -> str:
@@ -1890,10 +2360,12 @@ def _flag(field: dataclasses.Field) -> click.Option:
     if isinstance(shown, (int, float)):
         kind, shown = type(shown), f"the model's recommendation, else {shown}"
     texts = {"show_default": shown, "help": meta["help"]}
-    return click.Option(names, type=kind, default=field.default, **texts)
+    options = {"default": field.default, "is_flag": field.default is False}
+    return click.Option(names, type=kind, **options, **texts)
 
 
-_FLAGS = {field.name: _flag(field) for field in dataclasses.fields(TrainConfig)}
+_FIELDS = dataclasses.fields(TrainConfig) + dataclasses.fields(Limits)
+_FLAGS = {field.name: _flag(field) for field in _FIELDS}
 _FLAGS["run_dir"] = click.Option(["--run", "run_dir"], help="folder, else the latest")
 
 
@@ -1972,10 +2444,11 @@ def _predict_command(
             writer.writerow([*row, found.label, found.probability])
 
 
-@_command("serve", "--host 0.0.0.0 --port 8080", "run_dir", "models_dir")
+@_command("serve", "--host 0.0.0.0", *Limits.__annotations__, "run_dir", "models_dir")
 @click.option("--host", default="127.0.0.1", help="address to listen on")
 @click.option("--port", default=5000, type=click.IntRange(0, 65535), help="0: any")
-@click.option("--threads", default=8, type=click.IntRange(1), help="requests at once")
+@click.option("--threads", default=320, type=click.IntRange(1), help="requests at once")
+@click.option("--drain-delay", default=0.0, help="seconds from SIGTERM to refusal")
 def _serve_command(**arguments: Any) -> None:
     """Answer POST /predict {"x": ["text", ...]} until SIGTERM or Ctrl-C."""
     serve(**arguments)

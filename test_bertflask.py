@@ -108,7 +108,7 @@ def test_the_module_stays_below_the_wall():
 
 
 def test_importing_the_module_imports_nothing_heavy():
-    heavy = "tensorflow bert onnxruntime onnx sklearn matplotlib flask gunicorn"
+    heavy = "tensorflow bert onnxruntime onnx sklearn matplotlib flask waitress"
     heavy += " pydantic tokenizers sentencepiece"
     code = f"import sys, bertflask; print(*set({heavy.split()}) & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT)
@@ -3027,37 +3027,40 @@ def test_any_path_and_host_get_json(limited_client, path, host):
     assert response.status_code < 500 and response.is_json
 
 
-# A classifier for which the texts "slow" and "die" do what they say, and its server.
+# A classifier for which the texts "slow", "die" and "fail" do what they say.
 SCRIPT = """
-import logging, os, signal, sys, time, types
+import os, signal, sys, time
+import numpy as np
 import bertflask
 
-class Fake:
-    labels, name = ["a", "b"], "BERT of today"
-
+class Fake(bertflask.Classifier):
     @classmethod
     def load(cls, run_dir, models_dir):
         exec(run_dir)
-        return cls()
+        return cls("BERT of today", ["a", "b"], 16, None, None)
 
-    def predict(self, texts, top_k=1):
-        "slow" in texts and time.sleep(1)
+    def encode(self, texts):
+        return [np.array([1, *text.encode()]) for text in texts], [False] * len(texts)
+
+    def run(self, token_ids):
+        texts = [bytes(ids[1:].tolist()).decode() for ids in token_ids]
+        any("slow" in text for text in texts) and time.sleep(1)
         "die" in texts and os.kill(os.getpid(), signal.SIGKILL)
-        row = dict(label="b", probability=1, truncated=False, model=self.name)
-        return [types.SimpleNamespace(**row) for text in texts]
+        "fail" in texts and 1 / 0
+        return np.array([[0.25, 0.75]] * len(texts))
 
-logging.basicConfig(level=logging.INFO, format="%(message)s")
 bertflask.Classifier = Fake
-bertflask.serve(sys.argv[1], "models", "127.0.0.1", 0, 4)
+run_dir, *flags = sys.argv[1:]
+sys.exit(bertflask.main(["serve", "--run", run_dir, "--port", "0", *flags]))
 """
 
 
 class Served:
     """A server in a process of its own; what it logs ends up in `lines`."""
 
-    def __init__(self, on_load=""):
+    def __init__(self, on_load="pass", *flags):
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, on_load],
+            [sys.executable, "-c", SCRIPT, on_load, *flags],
             stderr=subprocess.PIPE,
             text=True,
             cwd=Path(__file__).parent,
@@ -3091,10 +3094,10 @@ class Served:
             response = server.getresponse()
             return response.status, json.loads(response.read())
 
-    def send(self, raw):
+    def send(self, raw, then=lambda client: None):
         with socket.create_connection(("127.0.0.1", self.port), timeout=20) as client:
             client.sendall(raw)
-            client.shutdown(socket.SHUT_WR)
+            then(client)
             return b"".join(iter(lambda: client.recv(65536), b""))
 
     def end(self):
@@ -3164,11 +3167,15 @@ def test_a_chunked_body_is_read(served):
 
 
 @pytest.mark.parametrize(
-    "chunks",
-    [b"zz\r\n", b"5\r\nab", b"1\r\naXX", b"0\r\nb ad\r\n\r\n", b"0\r\na\x00:\r\n\r\n"],
+    "chunks", [b"zz\r\n", b"1\r\naXX", b"0\r\nb ad\r\n\r\n", b"0\r\na\x00:\r\n\r\n"]
 )
 def test_a_broken_chunked_body_is_no_500(served, chunks):
     assert b" 400 " in served.send(CHUNKED + chunks).splitlines()[0]
+
+
+def test_a_client_that_ends_within_its_body_gets_no_answer(served):
+    ended = served.send(CHUNKED + b"5\r\nab", lambda x: x.shutdown(socket.SHUT_WR))
+    assert ended == b""
 
 
 def test_a_worker_that_dies_is_replaced(start):
@@ -3317,7 +3324,7 @@ def test_help_lists_the_commands(run, args):
 
 def test_help_starts_without_a_heavy_package():
     heavy = "tensorflow bert tokenizers sentencepiece onnxruntime sklearn matplotlib"
-    heavy += " flask gunicorn huggingface_hub pydantic tqdm requests"
+    heavy += " flask waitress huggingface_hub pydantic tqdm requests prometheus_client"
     script = "import sys, bertflask; bertflask.main(['train', '--help'])\n"
     script += f"sys.exit(bool(set(sys.modules) & set({heavy.split()})))"
     here = Path(__file__).parent
