@@ -639,17 +639,7 @@ _CJK = re.compile(
 )
 
 
-class _CharTable(dict[int, str]):
-    """Makes a rule for characters a table for `str.translate`, filled as they come."""
-
-    def __init__(self, rule: Callable[[str], str]) -> None:
-        self.rule = rule
-
-    def __missing__(self, code_point: int) -> str:
-        return self.setdefault(code_point, self.rule(chr(code_point)))
-
-
-@_CharTable
+@functools.cache
 def _cased(char: str) -> str:
     # bert tokenization.py: _clean_text, _tokenize_chinese_chars, _is_punctuation
     category = unicodedata.category(char)
@@ -662,16 +652,15 @@ def _cased(char: str) -> str:
     return char if category != "Cs" else _NO_PIECE
 
 
-@_CharTable
+@functools.cache
 def _uncased(char: str) -> str:
     # By character: normalizing a long run of marks at once takes quadratic time, and
     # adds just an order among the few marks that are left, which have no pieces.
     plain = unicodedata.normalize("NFD", char.lower())
-    letters = (char for char in plain if unicodedata.category(char) != "Mn")
-    return "".join(letters).translate(_cased)
+    return "".join(_cased(char) for char in plain if unicodedata.category(char) != "Mn")
 
 
-@_CharTable
+@functools.cache
 def _albert(char: str) -> str:
     # albert tokenization.py: preprocess_text
     plain = unicodedata.normalize("NFKD", char)
@@ -703,12 +692,9 @@ class Tokenizer:
             raise ValueError(f"max_seq_len is {max_seq_len}; it must be 3 or more")
         # the dog barked     [CLS] the dog bark ##ed [SEP]    and no padding
         # max_seq_len = 4    [CLS] the dog [SEP]
-        n_pieces = max_seq_len - 2
-        return [
-            np.array([self._cls_id, *ids[:n_pieces], self._sep_id], np.int32)
-            for start in range(0, len(texts), 1024)  # by parts, to need less memory
-            for ids in self._piece_ids(texts[start : start + 1024], n_pieces)
-        ]
+        cut = (self.tokens(text)[: max_seq_len - 2] for text in texts)
+        rows = ([self._ids.get(piece, self._unk_id) for piece in row] for row in cut)
+        return [np.array([self._cls_id, *row, self._sep_id], np.int32) for row in rows]
 
 
 class _WordPiece(Tokenizer):
@@ -719,24 +705,15 @@ class _WordPiece(Tokenizer):
         super().__init__(vocab_path, [line.strip() for line in lines], do_lower_case)
         vocab = self._ids | {"[UNK]": self._unk_id}
         model = tokenizers.models.WordPiece(vocab, max_input_chars_per_word=200)
-        self._cutter = tokenizers.Tokenizer(model)
-        self._cutter.pre_tokenizer = tokenizers.pre_tokenizers.CharDelimiterSplit(" ")
+        self._cut = functools.lru_cache(2**15)(model.tokenize)  # words come again
 
     def tokens(self, text: str) -> list[str]:
         """The pieces of a text, without `[CLS]` and `[SEP]`."""
-        [ids] = self._piece_ids([text], sys.maxsize)
-        return [*map(self._cutter.id_to_token, ids)]
-
-    def _piece_ids(self, texts: Sequence[str], n_pieces: int) -> list[list[int]]:
-        # A word has a piece or more: after n_pieces words, all would be cut off anyway.
-        words = (self._plain(text).split(None, n_pieces)[:n_pieces] for text in texts)
-        cut = self._cutter.encode_batch_fast([*map(" ".join, words)])
-        return [encoding.ids for encoding in cut]
-
-    def _plain(self, text: str) -> str:
         if self.do_lower_case and "Σ" in text:  # its lower case depends on neighbours
-            text = "".join(char for char in text if _cased[ord(char)]).lower()
-        return str.translate(text, _uncased if self.do_lower_case else _cased)
+            text = "".join(filter(_cased, text)).lower()
+        plain = "".join(map(_uncased if self.do_lower_case else _cased, text))
+        # Of a word above 200 characters, which is unknown, 201 are enough to remember.
+        return [cut.value for word in plain.split() for cut in self._cut(word[:201])]
 
 
 class _SentencePiece(Tokenizer):
@@ -751,17 +728,13 @@ class _SentencePiece(Tokenizer):
         self._cut = functools.partial(cutter.encode, out_type=str)
 
     def tokens(self, text: str) -> list[str]:
-        plain = " ".join(str.split(text)).translate(_albert)
+        plain = "".join(map(_albert, " ".join(text.split())))
         found: list[str] = []
         # albert tokenization.py: encode_pieces. ▁9, is cut again, into ▁9 and a comma.
         for part in self._cut(plain.lower() if self.do_lower_case else plain):
             again = part[-1] == "," and part[-2:-1].isdigit()
             found += [*self._cut(part[:-1].replace("▁", "")), ","] if again else [part]
         return found
-
-    def _piece_ids(self, texts: Sequence[str], n_pieces: int) -> Iterator[list[int]]:
-        for text in texts:
-            yield [self._ids.get(p, self._unk_id) for p in self.tokens(text)[:n_pieces]]
 
 
 def load_tokenizer(
