@@ -1051,11 +1051,10 @@ def learn_rate(
     """
     n_warmup, step = int(warmup_proportion * n_steps + 0.5), min(step, n_steps - 1)
     if step < n_warmup:  # 1. warm-up
-        return max(min_learn_rate, max_learn_rate * ((step + 1) / n_warmup))
-    if step == n_steps - 1:  # 2. the last step, free of rounding
-        return min_learn_rate
-    done = (step - n_warmup + 1) / (n_steps - n_warmup)  # 3. decay
-    rate = max_learn_rate * (min_learn_rate / max_learn_rate) ** done
+        rate = max_learn_rate * ((step + 1) / n_warmup)
+    else:  # 2. decay, counted from its end, where nothing is left to round
+        left = (n_steps - step - 1) / (n_steps - n_warmup)
+        rate = min_learn_rate * (max_learn_rate / min_learn_rate) ** left
     return min(max(rate, min_learn_rate), max_learn_rate)
 
 
@@ -1257,29 +1256,27 @@ class _Trainer:
 # === 9. Evaluation: evaluate_predictions, plot_confusion_matrix ===
 
 
-def evaluate_predictions(true_labels: list[str], predicted_labels: list[str]) -> dict:
+def evaluate_predictions(true: list[str], predicted: list[str]) -> dict:
     """`accuracy`, `macro_f1`, `n`; `per_label`: precision, recall, f1 and support."""
-    from sklearn.metrics import precision_recall_fscore_support
+    from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
-    labels = sorted({*true_labels, *predicted_labels})
-    pairs = (true_labels, predicted_labels)
-    table = precision_recall_fscore_support(*pairs, labels=labels, zero_division=0)
+    labels = sorted({*true, *predicted})
+    how = {"labels": labels, "zero_division": 0}
+    table = precision_recall_fscore_support(true, predicted, **how)
     names = ("precision", "recall", "f1", "support")
     rows = [dict(zip(names, map(float, row))) for row in zip(*table)]
-    accuracy = float(np.mean(np.array(true_labels) == np.array(predicted_labels)))
-    whole = {"accuracy": accuracy, "macro_f1": float(np.mean(table[2]))}
-    return {**whole, "n": len(true_labels), "per_label": dict(zip(labels, rows))}
+    accuracy, macro_f1 = accuracy_score(true, predicted), float(np.mean(table[2]))
+    whole = {"accuracy": accuracy, "macro_f1": macro_f1, "n": len(true)}
+    return whole | {"per_label": dict(zip(labels, rows))}
 
 
-def plot_confusion_matrix(
-    true_labels: list[str], predicted_labels: list[str], path: Path
-) -> None:
+def plot_confusion_matrix(true: list[str], predicted: list[str], path: Path) -> None:
     """Writes a PNG: rows are true labels in per cent, each cell with its count."""
     from matplotlib.figure import Figure
     from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
-    labels = sorted({*true_labels, *predicted_labels})
-    counts = confusion_matrix(true_labels, predicted_labels, labels=labels)
+    labels = sorted({*true, *predicted})
+    counts = confusion_matrix(true, predicted, labels=labels)
     shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     # "$" would start a formula
     names = [" ".join(label.split())[:40].replace("$", r"\$") for label in labels]
