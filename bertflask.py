@@ -809,12 +809,10 @@ def _tensorflow() -> Any:
         import tensorflow as tf
         import tf_keras
     if tf.keras.layers.Layer is not tf_keras.layers.Layer:
-        words = "set TF_USE_LEGACY_KERAS=1 before tensorflow is imported"
-        raise PretrainedError(f"tensorflow runs with Keras 3 already: {words}")
+        raise PretrainedError("Keras 3 is loaded: first set TF_USE_LEGACY_KERAS=1")
     # bert/attention.py and bert/transformer.py import TensorFlow's private Keras
     sys.modules["tensorflow.python"].keras = tf_keras
     sys.modules["tensorflow.python.keras"] = tf_keras
-    sys.modules["tensorflow.python.keras.backend"] = tf_keras.backend
     return tf
 
 
@@ -1014,20 +1012,18 @@ def _load_weights(checkpoint_dir: Path, variables: dict) -> None:
 
 # In turn, they make bert-for-tf2's, Google's and Hugging Face's names the same.
 _COMMON_NAMES = (
-    (r"/", "."),
-    (r"^(al)?bert\.|\.dense", ""),
+    (r"[/.]", "_"),
+    (r"^(al)?bert_|_dense|_self", ""),
     (r"(kernel|gamma|projector)$", "weight"),  # gamma: Hugging Face's too, of 2019
     (r"beta$", "bias"),
-    (r"_embeddings\.(weight|embeddings)$", "_embeddings"),
-    (r"embeddings\.word_embeddings_projector", "encoder.embedding_hidden_mapping_in"),
-    (r"encoder\.layer_", "encoder.layer."),
-    (r"transformer\.group_0\.inner_group_0", "layer.shared"),
-    (r"albert_layer_groups\.0\.albert_layers\.0", "layer.shared"),
-    (r"shared\.LayerNorm\.", "shared.attention.LayerNorm."),
-    (r"LayerNorm_1|full_layer_layer_norm", "output.LayerNorm"),
-    (r"attention(_1)?\.(self|output)", "attention"),
-    (r"ffn_1\.intermediate\.output|ffn_output", "output"),
-    (r"ffn_1\.intermediate|ffn", "intermediate"),
+    (r"_embeddings_(weight|embeddings)$", "_embeddings"),
+    (r"embeddings_word_embeddings_projector", "encoder_embedding_hidden_mapping_in"),
+    (r"(transformer|albert_layer)_.*(group|layers)_0_", "layer_shared_"),
+    (r"LayerNorm_1|full_layer_layer_norm", "output_LayerNorm"),
+    (r"shared_LayerNorm_", "shared_attention_LayerNorm_"),
+    (r"attention(_1)?(_output)?", "attention"),
+    (r"ffn(_1_intermediate)?", "intermediate"),
+    (r"intermediate_output", "output"),
 )
 
 
