@@ -817,16 +817,13 @@ def _tensorflow() -> Any:
 
 
 def read_config(checkpoint_dir: str | Path) -> dict:
-    """The encoder's configuration under Google's keys, whatever the folder's layout.
-
-    Its `hidden_act` is "gelu" (tanh form) or "gelu_exact". Raises PretrainedError.
-    """
+    """The encoder's configuration under Google's keys; raises PretrainedError."""
     paths = [Path(checkpoint_dir, name) for name in _CONFIG_NAMES]
     if not (path := next(filter(Path.is_file, paths), None)):
         raise PretrainedError(f"{checkpoint_dir}: no {' or '.join(_CONFIG_NAMES)}")
     raw = {"layer_norm_eps": 1e-12, **_read_object(path)}
     albert, act = "embedding_size" in raw, str(raw.get("hidden_act"))
-    if path.name == "config.json":  # whose "gelu" is the exact form
+    if path.name == "config.json":  # whose "gelu" is exact; Google's is the tanh form
         act = _GELU_NAMES.get(act, act)
     keys = [*_CONFIG_NUMBERS.split(), "layer_norm_eps", *["embedding_size"] * albert]
     groups = ("num_hidden_groups", "inner_group_num")  # of ALBERT's layers
@@ -848,14 +845,13 @@ def read_config(checkpoint_dir: str | Path) -> dict:
 class Model:
     """A BERT or ALBERT encoder, as bert-for-tf2's with `mask_zero`, pooler and head.
 
-    LayerNorm, softmax and logits are in float32. Methods take token ids [n, length],
-    where 0 pads, and give float32 tensors.
+    Methods take token ids [n, length], where 0 pads, and give float32 tensors.
     Letters below: B texts, L tokens, H hidden size, A heads, D = H / A.
     """
 
     config: dict  # as read_config gives it
     variables: dict  # under bert-for-tf2's names without "bert/"
-    precision: str = "float32"  # of matrix products
+    precision: str = "float32"  # of matrix products; LayerNorm, softmax are float32
     seed: Any = None  # int32 [2]: one pass with dropout, the same for the same seed
     tf = property(lambda _: _tensorflow())
     _tanh = property(lambda self: self.tf.tanh)
@@ -962,10 +958,7 @@ def build_model(
     precision: str = "float32",
     seed: int = 0,
 ) -> Model:
-    """The model of a checkpoint folder with a new head for `n_labels` labels.
-
-    Raises PretrainedError for a configuration or a variable that does not fit.
-    """
+    """A checkpoint's model with a new head; PretrainedError if anything is unfit."""
     tf, config = _tensorflow(), read_config(checkpoint_dir)
     import bert
 
@@ -1041,14 +1034,11 @@ def learn_rate(
     min_learn_rate: float,
     warmup_proportion: float,
 ) -> float:
-    """The learning rate of optimizer step `step`; from `n_steps` on, the last step's.
-
-    Linear warm-up to `max_learn_rate`, then exponential decay to `min_learn_rate`.
-    """
+    """The learning rate of an optimizer step; from `n_steps` on, the last step's."""
     n_warmup, step = int(warmup_proportion * n_steps + 0.5), min(step, n_steps - 1)
-    if step < n_warmup:  # 1. warm-up
+    if step < n_warmup:  # 1. linear warm-up
         rate = max_learn_rate * ((step + 1) / n_warmup)
-    else:  # 2. decay, counted from its end, where nothing is left to round
+    else:  # 2. exponential decay; at its end, nothing is left to round
         left = (n_steps - step - 1) / (n_steps - n_warmup)
         rate = min_learn_rate * (max_learn_rate / min_learn_rate) ** left
     return min(max(rate, min_learn_rate), max_learn_rate)
