@@ -675,15 +675,14 @@ class Tokenizer:
 
     def __init__(self, path: Path, pieces: list[str], lower: bool | None) -> None:
         # The place is the id. Of a piece that is there twice, the last one counts.
-        ids = {piece: i for i, piece in enumerate(pieces)}
-        special_ids = [ids.pop(name, None) for name in self.specials.split()]
-        if special_ids[0] != 0 or None in special_ids:
+        self._ids = {piece: i for i, piece in enumerate(pieces)}
+        names = (*self.specials.split(), "[MASK]")  # out, so that no text can spell one
+        special_ids = [self._ids.pop(name, None) for name in names]
+        pad_id, self._unk_id, self._cls_id, self._sep_id, _ = special_ids
+        if pad_id != 0 or None in special_ids[:4]:
             raise PretrainedError(f"{path} needs {self.specials}, the first with id 0")
-        _, self._unk_id, self._cls_id, self._sep_id = special_ids
-        ids.pop("[MASK]", None)
-        self._ids = ids  # without special pieces, so that no text can spell one
         if lower is None:  # in brackets: [unused1], and the <S> of Chinese BERT
-            lower = all(p == p.lower() for p in ids if p[:1] not in "[<")
+            lower = all(p == p.lower() for p in self._ids if p[:1] not in "[<")
         self.vocab_path, self.vocab_size, self.do_lower_case = path, len(pieces), lower
 
     def encode(self, texts: Sequence[str], max_seq_len: int) -> list[np.ndarray]:
@@ -705,7 +704,7 @@ class _WordPiece(Tokenizer):
         super().__init__(vocab_path, [line.strip() for line in lines], do_lower_case)
         vocab = self._ids | {"[UNK]": self._unk_id}
         model = tokenizers.models.WordPiece(vocab, max_input_chars_per_word=200)
-        self._cut = functools.lru_cache(2**15)(model.tokenize)  # words come again
+        self._cut = functools.lru_cache(2**12)(model.tokenize)  # 100 MB at worst
 
     def tokens(self, text: str) -> list[str]:
         """The pieces of a text, without `[CLS]` and `[SEP]`."""
@@ -788,9 +787,11 @@ def batches_by_tokens(lengths: Sequence[int], token_budget: int) -> list[np.ndar
 HEAD_DROPOUT = 0.1
 _CONFIG_NUMBERS = (
     "attention_probs_dropout_prob hidden_dropout_prob hidden_size initializer_range "
-    "intermediate_size max_position_embeddings num_attention_heads num_hidden_layers "
-    "type_vocab_size vocab_size"
+    "intermediate_size layer_norm_eps max_position_embeddings num_attention_heads "
+    "num_hidden_layers type_vocab_size vocab_size"
 )
+_CONFIG_WORDS = {"num_hidden_groups": (1, None), "inner_group_num": (1, None)}
+_CONFIG_WORDS |= {"hidden_act": ("gelu", "gelu_exact")}
 _EMBEDDINGS = "word position token_type".split()
 _EMBEDDINGS = [f"embeddings/{kind}_embeddings/embeddings" for kind in _EMBEDDINGS]
 _GELU_NAMES = {"gelu": "gelu_exact", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}
@@ -821,15 +822,13 @@ def read_config(checkpoint_dir: str | Path) -> dict:
     paths = [Path(checkpoint_dir, name) for name in _CONFIG_NAMES]
     if not (path := next(filter(Path.is_file, paths), None)):
         raise PretrainedError(f"{checkpoint_dir}: no {' or '.join(_CONFIG_NAMES)}")
-    raw = {"layer_norm_eps": 1e-12, **_read_object(path)}
-    albert, act = "embedding_size" in raw, str(raw.get("hidden_act"))
+    raw = {"layer_norm_eps": 1e-12, "hidden_act": None, **_read_object(path)}
+    raw["model_type"] = "albert" if "embedding_size" in raw else "bert"
     if path.name == "config.json":  # whose "gelu" is exact; Google's is the tanh form
-        act = _GELU_NAMES.get(act, act)
-    keys = [*_CONFIG_NUMBERS.split(), "layer_norm_eps", *["embedding_size"] * albert]
-    groups = ("num_hidden_groups", "inner_group_num")  # of ALBERT's layers
-    wrong = [key for key in groups if raw.get(key, 1) != 1]
-    wrong += [] if act in ("gelu", "gelu_exact") else ["hidden_act"]
-    for key in keys:  # only dropout may be zero
+        raw["hidden_act"] = _GELU_NAMES.get(str(raw["hidden_act"]), raw["hidden_act"])
+    numbers = _CONFIG_NUMBERS.split() + ["embedding_size"] * ("embedding_size" in raw)
+    wrong = [key for key, works in _CONFIG_WORDS.items() if raw.get(key) not in works]
+    for key in numbers:  # only dropout may be zero
         number = raw[key] if type(raw.get(key)) in (int, float) else -1
         wrong += [] if number > 0 or number == 0 and key.endswith("_prob") else [key]
     if not wrong and raw["hidden_size"] % raw["num_attention_heads"]:
@@ -837,8 +836,7 @@ def read_config(checkpoint_dir: str | Path) -> dict:
     if wrong:
         found = ", ".join(f"{key} {raw.get(key)!r}" for key in wrong)
         raise PretrainedError(f"{path}: {found} does not work; take another model")
-    added = {"model_type": "albert" if albert else "bert", "hidden_act": act}
-    return {key: raw[key] for key in keys} | added
+    return {key: raw[key] for key in (*numbers, "model_type", "hidden_act")}
 
 
 @dataclass(eq=False)
@@ -965,10 +963,9 @@ def build_model(
     tf.random.set_seed(seed)
     own = config | {"hidden_act": None}  # an activation has no variables
     stock = bert.loader.StockBertConfig.from_dict(own, return_unused=False)
-    params = stock.to_bert_model_layer_params()
-    layer = bert.BertModelLayer.from_params(params, name="bert")
-    layer([tf.zeros((1, 1), tf.int32)] * 2)  # makes the variables
-    variables = {v.name[len("bert/") : -len(":0")]: v for v in layer.weights}
+    layer = bert.BertModelLayer.from_params(stock.to_bert_model_layer_params())
+    layer([tf.zeros((1, 1), tf.int32)] * 2)  # makes the variables, LAYER/NAME:0
+    variables = {v.name.partition("/")[2][: -len(":0")]: v for v in layer.weights}
     hidden, scale = config["hidden_size"], config["initializer_range"]
     for name, width in (("pooler/dense", hidden), ("classifier", n_labels)):
         kernel = tf.random.truncated_normal((hidden, width), stddev=scale, seed=seed)
