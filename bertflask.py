@@ -721,10 +721,10 @@ class _SentencePiece(Tokenizer):
     def __init__(self, vocab_path: Path, do_lower_case: bool | None) -> None:
         import sentencepiece
 
-        cutter = sentencepiece.SentencePieceProcessor(model_file=str(vocab_path))
+        cutter = sentencepiece.SentencePieceProcessor(str(vocab_path), out_type=str)
         pieces = [cutter.id_to_piece(i) for i in range(len(cutter))]
         super().__init__(vocab_path, pieces, do_lower_case)
-        self._cut = functools.partial(cutter.encode, out_type=str)
+        self._cut = cutter.encode
 
     def tokens(self, text: str) -> list[str]:
         plain = "".join(map(_albert, " ".join(text.split())))
@@ -1244,8 +1244,7 @@ def evaluate_predictions(true: list[str], predicted: list[str]) -> dict:
     from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
     labels = sorted({*true, *predicted})
-    how = {"labels": labels, "zero_division": 0}
-    table = precision_recall_fscore_support(true, predicted, **how)
+    table = precision_recall_fscore_support(true, predicted, zero_division=0)
     names = ("precision", "recall", "f1", "support")
     rows = [dict(zip(names, map(float, row))) for row in zip(*table)]
     accuracy, macro_f1 = accuracy_score(true, predicted), float(np.mean(table[2]))
