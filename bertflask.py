@@ -645,17 +645,7 @@ _CJK = re.compile(
 )
 
 
-class _CharTable(dict[int, str]):
-    """Makes a rule for characters a table for `str.translate`, filled as they come."""
-
-    def __init__(self, rule: Callable[[str], str]) -> None:
-        self.rule = rule
-
-    def __missing__(self, code_point: int) -> str:
-        return self.setdefault(code_point, self.rule(chr(code_point)))
-
-
-@_CharTable
+@functools.cache
 def _cased(char: str) -> str:
     # bert tokenization.py: _clean_text, _tokenize_chinese_chars, _is_punctuation
     category = unicodedata.category(char)
@@ -668,16 +658,15 @@ def _cased(char: str) -> str:
     return char if category != "Cs" else _NO_PIECE
 
 
-@_CharTable
+@functools.cache
 def _uncased(char: str) -> str:
     # By character: normalizing a long run of marks at once takes quadratic time, and
     # adds just an order among the few marks that are left, which have no pieces.
     plain = unicodedata.normalize("NFD", char.lower())
-    letters = (char for char in plain if unicodedata.category(char) != "Mn")
-    return "".join(letters).translate(_cased)
+    return "".join(_cased(char) for char in plain if unicodedata.category(char) != "Mn")
 
 
-@_CharTable
+@functools.cache
 def _albert(char: str) -> str:
     # albert tokenization.py: preprocess_text
     plain = unicodedata.normalize("NFKD", char)
@@ -692,15 +681,14 @@ class Tokenizer:
 
     def __init__(self, path: Path, pieces: list[str], lower: bool | None) -> None:
         # The place is the id. Of a piece that is there twice, the last one counts.
-        ids = {piece: i for i, piece in enumerate(pieces)}
-        special_ids = [ids.pop(name, None) for name in self.specials.split()]
-        if special_ids[0] != 0 or None in special_ids:
+        self._ids = {piece: i for i, piece in enumerate(pieces)}
+        names = (*self.specials.split(), "[MASK]")  # out, so that no text can spell one
+        special_ids = [self._ids.pop(name, None) for name in names]
+        pad_id, self._unk_id, self._cls_id, self._sep_id, _ = special_ids
+        if pad_id != 0 or None in special_ids[:4]:
             raise PretrainedError(f"{path} needs {self.specials}, the first with id 0")
-        _, self._unk_id, self._cls_id, self._sep_id = special_ids
-        ids.pop("[MASK]", None)
-        self._ids = ids  # without special pieces, so that no text can spell one
         if lower is None:  # in brackets: [unused1], and the <S> of Chinese BERT
-            lower = all(p == p.lower() for p in ids if p[:1] not in "[<")
+            lower = all(p == p.lower() for p in self._ids if p[:1] not in "[<")
         self.vocab_path, self.vocab_size, self.do_lower_case = path, len(pieces), lower
 
     def encode(self, texts: Sequence[str], max_seq_len: int) -> list[np.ndarray]:
@@ -709,12 +697,9 @@ class Tokenizer:
             raise ValueError(f"max_seq_len is {max_seq_len}; it must be 3 or more")
         # the dog barked     [CLS] the dog bark ##ed [SEP]    and no padding
         # max_seq_len = 4    [CLS] the dog [SEP]
-        n_pieces = max_seq_len - 2
-        return [
-            np.array([self._cls_id, *ids[:n_pieces], self._sep_id], np.int32)
-            for start in range(0, len(texts), 1024)  # by parts, to need less memory
-            for ids in self._piece_ids(texts[start : start + 1024], n_pieces)
-        ]
+        cut = (self.tokens(text)[: max_seq_len - 2] for text in texts)
+        rows = ([self._ids.get(piece, self._unk_id) for piece in row] for row in cut)
+        return [np.array([self._cls_id, *row, self._sep_id], np.int32) for row in rows]
 
 
 class _WordPiece(Tokenizer):
@@ -725,24 +710,15 @@ class _WordPiece(Tokenizer):
         super().__init__(vocab_path, [line.strip() for line in lines], do_lower_case)
         vocab = self._ids | {"[UNK]": self._unk_id}
         model = tokenizers.models.WordPiece(vocab, max_input_chars_per_word=200)
-        self._cutter = tokenizers.Tokenizer(model)
-        self._cutter.pre_tokenizer = tokenizers.pre_tokenizers.CharDelimiterSplit(" ")
+        self._cut = functools.lru_cache(2**12)(model.tokenize)  # 100 MB at worst
 
     def tokens(self, text: str) -> list[str]:
         """The pieces of a text, without `[CLS]` and `[SEP]`."""
-        [ids] = self._piece_ids([text], sys.maxsize)
-        return [*map(self._cutter.id_to_token, ids)]
-
-    def _piece_ids(self, texts: Sequence[str], n_pieces: int) -> list[list[int]]:
-        # A word has a piece or more: after n_pieces words, all would be cut off anyway.
-        words = (self._plain(text).split(None, n_pieces)[:n_pieces] for text in texts)
-        cut = self._cutter.encode_batch_fast([*map(" ".join, words)])
-        return [encoding.ids for encoding in cut]
-
-    def _plain(self, text: str) -> str:
         if self.do_lower_case and "Σ" in text:  # its lower case depends on neighbours
-            text = "".join(char for char in text if _cased[ord(char)]).lower()
-        return str.translate(text, _uncased if self.do_lower_case else _cased)
+            text = "".join(filter(_cased, text)).lower()
+        plain = "".join(map(_uncased if self.do_lower_case else _cased, text))
+        # Of a word above 200 characters, which is unknown, 201 are enough to remember.
+        return [cut.value for word in plain.split() for cut in self._cut(word[:201])]
 
 
 class _SentencePiece(Tokenizer):
@@ -751,23 +727,19 @@ class _SentencePiece(Tokenizer):
     def __init__(self, vocab_path: Path, do_lower_case: bool | None) -> None:
         import sentencepiece
 
-        cutter = sentencepiece.SentencePieceProcessor(model_file=str(vocab_path))
+        cutter = sentencepiece.SentencePieceProcessor(str(vocab_path), out_type=str)
         pieces = [cutter.id_to_piece(i) for i in range(len(cutter))]
         super().__init__(vocab_path, pieces, do_lower_case)
-        self._cut = functools.partial(cutter.encode, out_type=str)
+        self._cut = cutter.encode
 
     def tokens(self, text: str) -> list[str]:
-        plain = " ".join(str.split(text)).translate(_albert)
+        plain = "".join(map(_albert, " ".join(text.split())))
         found: list[str] = []
         # albert tokenization.py: encode_pieces. ▁9, is cut again, into ▁9 and a comma.
         for part in self._cut(plain.lower() if self.do_lower_case else plain):
             again = part[-1] == "," and part[-2:-1].isdigit()
             found += [*self._cut(part[:-1].replace("▁", "")), ","] if again else [part]
         return found
-
-    def _piece_ids(self, texts: Sequence[str], n_pieces: int) -> Iterator[list[int]]:
-        for text in texts:
-            yield [self._ids.get(p, self._unk_id) for p in self.tokens(text)[:n_pieces]]
 
 
 def load_tokenizer(
@@ -821,9 +793,11 @@ def batches_by_tokens(lengths: Sequence[int], token_budget: int) -> list[np.ndar
 HEAD_DROPOUT = 0.1
 _CONFIG_NUMBERS = (
     "attention_probs_dropout_prob hidden_dropout_prob hidden_size initializer_range "
-    "intermediate_size max_position_embeddings num_attention_heads num_hidden_layers "
-    "type_vocab_size vocab_size"
+    "intermediate_size layer_norm_eps max_position_embeddings num_attention_heads "
+    "num_hidden_layers type_vocab_size vocab_size"
 )
+_CONFIG_WORDS = {"num_hidden_groups": (1, None), "inner_group_num": (1, None)}
+_CONFIG_WORDS |= {"hidden_act": ("gelu", "gelu_exact")}
 _EMBEDDINGS = "word position token_type".split()
 _EMBEDDINGS = [f"embeddings/{kind}_embeddings/embeddings" for kind in _EMBEDDINGS]
 _GELU_NAMES = {"gelu": "gelu_exact", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}
@@ -842,32 +816,25 @@ def _tensorflow() -> Any:
         import tensorflow as tf
         import tf_keras
     if tf.keras.layers.Layer is not tf_keras.layers.Layer:
-        words = "set TF_USE_LEGACY_KERAS=1 before tensorflow is imported"
-        raise PretrainedError(f"tensorflow runs with Keras 3 already: {words}")
+        raise PretrainedError("Keras 3 is loaded: first set TF_USE_LEGACY_KERAS=1")
     # bert/attention.py and bert/transformer.py import TensorFlow's private Keras
     sys.modules["tensorflow.python"].keras = tf_keras
     sys.modules["tensorflow.python.keras"] = tf_keras
-    sys.modules["tensorflow.python.keras.backend"] = tf_keras.backend
     return tf
 
 
 def read_config(checkpoint_dir: str | Path) -> dict:
-    """The encoder's configuration under Google's keys, whatever the folder's layout.
-
-    Its `hidden_act` is "gelu" (tanh form) or "gelu_exact". Raises PretrainedError.
-    """
+    """The encoder's configuration under Google's keys; raises PretrainedError."""
     paths = [Path(checkpoint_dir, name) for name in _CONFIG_NAMES]
     if not (path := next(filter(Path.is_file, paths), None)):
         raise PretrainedError(f"{checkpoint_dir}: no {' or '.join(_CONFIG_NAMES)}")
-    raw = {"layer_norm_eps": 1e-12, **_read_object(path)}
-    albert, act = "embedding_size" in raw, str(raw.get("hidden_act"))
-    if path.name == "config.json":  # whose "gelu" is the exact form
-        act = _GELU_NAMES.get(act, act)
-    keys = [*_CONFIG_NUMBERS.split(), "layer_norm_eps", *["embedding_size"] * albert]
-    groups = ("num_hidden_groups", "inner_group_num")  # of ALBERT's layers
-    wrong = [key for key in groups if raw.get(key, 1) != 1]
-    wrong += [] if act in ("gelu", "gelu_exact") else ["hidden_act"]
-    for key in keys:  # only dropout may be zero
+    raw = {"layer_norm_eps": 1e-12, "hidden_act": None, **_read_object(path)}
+    raw["model_type"] = "albert" if "embedding_size" in raw else "bert"
+    if path.name == "config.json":  # whose "gelu" is exact; Google's is the tanh form
+        raw["hidden_act"] = _GELU_NAMES.get(str(raw["hidden_act"]), raw["hidden_act"])
+    numbers = _CONFIG_NUMBERS.split() + ["embedding_size"] * ("embedding_size" in raw)
+    wrong = [key for key, works in _CONFIG_WORDS.items() if raw.get(key) not in works]
+    for key in numbers:  # only dropout may be zero
         number = raw[key] if type(raw.get(key)) in (int, float) else -1
         wrong += [] if number > 0 or number == 0 and key.endswith("_prob") else [key]
     if not wrong and raw["hidden_size"] % raw["num_attention_heads"]:
@@ -875,22 +842,20 @@ def read_config(checkpoint_dir: str | Path) -> dict:
     if wrong:
         found = ", ".join(f"{key} {raw.get(key)!r}" for key in wrong)
         raise PretrainedError(f"{path}: {found} does not work; take another model")
-    added = {"model_type": "albert" if albert else "bert", "hidden_act": act}
-    return {key: raw[key] for key in keys} | added
+    return {key: raw[key] for key in (*numbers, "model_type", "hidden_act")}
 
 
 @dataclass(eq=False)
 class Model:
     """A BERT or ALBERT encoder, as bert-for-tf2's with `mask_zero`, pooler and head.
 
-    LayerNorm, softmax and logits are in float32. Methods take token ids [n, length],
-    where 0 pads, and give float32 tensors.
+    Methods take token ids [n, length], where 0 pads, and give float32 tensors.
     Letters below: B texts, L tokens, H hidden size, A heads, D = H / A.
     """
 
     config: dict  # as read_config gives it
     variables: dict  # under bert-for-tf2's names without "bert/"
-    precision: str = "float32"  # of matrix products
+    precision: str = "float32"  # of matrix products; LayerNorm, softmax are float32
     seed: Any = None  # int32 [2]: one pass with dropout, the same for the same seed
     tf = property(lambda _: _tensorflow())
     _tanh = property(lambda self: self.tf.tanh)
@@ -997,20 +962,16 @@ def build_model(
     precision: str = "float32",
     seed: int = 0,
 ) -> Model:
-    """The model of a checkpoint folder with a new head for `n_labels` labels.
-
-    Raises PretrainedError for a configuration or a variable that does not fit.
-    """
+    """A checkpoint's model with a new head; PretrainedError if anything is unfit."""
     tf, config = _tensorflow(), read_config(checkpoint_dir)
     import bert
 
     tf.random.set_seed(seed)
     own = config | {"hidden_act": None}  # an activation has no variables
     stock = bert.loader.StockBertConfig.from_dict(own, return_unused=False)
-    params = stock.to_bert_model_layer_params()
-    layer = bert.BertModelLayer.from_params(params, name="bert")
-    layer([tf.zeros((1, 1), tf.int32)] * 2)  # makes the variables
-    variables = {v.name[len("bert/") : -len(":0")]: v for v in layer.weights}
+    layer = bert.BertModelLayer.from_params(stock.to_bert_model_layer_params())
+    layer([tf.zeros((1, 1), tf.int32)] * 2)  # makes the variables, LAYER/NAME:0
+    variables = {v.name.partition("/")[2][: -len(":0")]: v for v in layer.weights}
     hidden, scale = config["hidden_size"], config["initializer_range"]
     for name, width in (("pooler/dense", hidden), ("classifier", n_labels)):
         kernel = tf.random.truncated_normal((hidden, width), stddev=scale, seed=seed)
@@ -1047,20 +1008,18 @@ def _load_weights(checkpoint_dir: Path, variables: dict) -> None:
 
 # In turn, they make bert-for-tf2's, Google's and Hugging Face's names the same.
 _COMMON_NAMES = (
-    (r"/", "."),
-    (r"^(al)?bert\.|\.dense", ""),
+    (r"[/.]", "_"),
+    (r"^(al)?bert_|_dense|_self", ""),
     (r"(kernel|gamma|projector)$", "weight"),  # gamma: Hugging Face's too, of 2019
     (r"beta$", "bias"),
-    (r"_embeddings\.(weight|embeddings)$", "_embeddings"),
-    (r"embeddings\.word_embeddings_projector", "encoder.embedding_hidden_mapping_in"),
-    (r"encoder\.layer_", "encoder.layer."),
-    (r"transformer\.group_0\.inner_group_0", "layer.shared"),
-    (r"albert_layer_groups\.0\.albert_layers\.0", "layer.shared"),
-    (r"shared\.LayerNorm\.", "shared.attention.LayerNorm."),
-    (r"LayerNorm_1|full_layer_layer_norm", "output.LayerNorm"),
-    (r"attention(_1)?\.(self|output)", "attention"),
-    (r"ffn_1\.intermediate\.output|ffn_output", "output"),
-    (r"ffn_1\.intermediate|ffn", "intermediate"),
+    (r"_embeddings_(weight|embeddings)$", "_embeddings"),
+    (r"embeddings_word_embeddings_projector", "encoder_embedding_hidden_mapping_in"),
+    (r"(transformer|albert_layer)_.*(group|layers)_0_", "layer_shared_"),
+    (r"LayerNorm_1|full_layer_layer_norm", "output_LayerNorm"),
+    (r"shared_LayerNorm_", "shared_attention_LayerNorm_"),
+    (r"attention(_1)?(_output)?", "attention"),
+    (r"ffn(_1_intermediate)?", "intermediate"),
+    (r"intermediate_output", "output"),
 )
 
 
@@ -1078,17 +1037,13 @@ def learn_rate(
     min_learn_rate: float,
     warmup_proportion: float,
 ) -> float:
-    """The learning rate of optimizer step `step`; from `n_steps` on, the last step's.
-
-    Linear warm-up to `max_learn_rate`, then exponential decay to `min_learn_rate`.
-    """
+    """The learning rate of an optimizer step; from `n_steps` on, the last step's."""
     n_warmup, step = int(warmup_proportion * n_steps + 0.5), min(step, n_steps - 1)
-    if step < n_warmup:  # 1. warm-up
-        return max(min_learn_rate, max_learn_rate * ((step + 1) / n_warmup))
-    if step == n_steps - 1:  # 2. the last step, free of rounding
-        return min_learn_rate
-    done = (step - n_warmup + 1) / (n_steps - n_warmup)  # 3. decay
-    rate = max_learn_rate * (min_learn_rate / max_learn_rate) ** done
+    if step < n_warmup:  # 1. linear warm-up
+        rate = max_learn_rate * ((step + 1) / n_warmup)
+    else:  # 2. exponential decay; at its end, nothing is left to round
+        left = (n_steps - step - 1) / (n_steps - n_warmup)
+        rate = min_learn_rate * (max_learn_rate / min_learn_rate) ** left
     return min(max(rate, min_learn_rate), max_learn_rate)
 
 
@@ -1290,29 +1245,26 @@ class _Trainer:
 # === 9. Evaluation: evaluate_predictions, plot_confusion_matrix ===
 
 
-def evaluate_predictions(true_labels: list[str], predicted_labels: list[str]) -> dict:
+def evaluate_predictions(true: list[str], predicted: list[str]) -> dict:
     """`accuracy`, `macro_f1`, `n`; `per_label`: precision, recall, f1 and support."""
-    from sklearn.metrics import precision_recall_fscore_support
+    from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
-    labels = sorted({*true_labels, *predicted_labels})
-    pairs = (true_labels, predicted_labels)
-    table = precision_recall_fscore_support(*pairs, labels=labels, zero_division=0)
+    labels = sorted({*true, *predicted})
+    table = precision_recall_fscore_support(true, predicted, zero_division=0)
     names = ("precision", "recall", "f1", "support")
     rows = [dict(zip(names, map(float, row))) for row in zip(*table)]
-    accuracy = float(np.mean(np.array(true_labels) == np.array(predicted_labels)))
-    whole = {"accuracy": accuracy, "macro_f1": float(np.mean(table[2]))}
-    return {**whole, "n": len(true_labels), "per_label": dict(zip(labels, rows))}
+    accuracy, macro_f1 = accuracy_score(true, predicted), float(np.mean(table[2]))
+    whole = {"accuracy": accuracy, "macro_f1": macro_f1, "n": len(true)}
+    return whole | {"per_label": dict(zip(labels, rows))}
 
 
-def plot_confusion_matrix(
-    true_labels: list[str], predicted_labels: list[str], path: Path
-) -> None:
+def plot_confusion_matrix(true: list[str], predicted: list[str], path: Path) -> None:
     """Writes a PNG: rows are true labels in per cent, each cell with its count."""
     from matplotlib.figure import Figure
     from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
-    labels = sorted({*true_labels, *predicted_labels})
-    counts = confusion_matrix(true_labels, predicted_labels, labels=labels)
+    labels = sorted({*true, *predicted})
+    counts = confusion_matrix(true, predicted, labels=labels)
     shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     # "$" would start a formula
     names = [" ".join(label.split())[:40].replace("$", r"\$") for label in labels]
