@@ -98,11 +98,9 @@ class ServerError(BertFlaskError):
 class RequestError(BertFlaskError):
     """A request cannot be answered; carries the HTTP status, code and field."""
 
-    def __init__(
-        self, message: str, status: int, code: str, field: str | None = None, wait_s=1
-    ):
+    def __init__(self, message: str, status: int, code: str, field: str | None = None):
         super().__init__(message)
-        self.status, self.code, self.field, self.wait_s = status, code, field, wait_s
+        self.status, self.code, self.field = status, code, field
 
 
 # === 2. Pretrained models: PRETRAINED, Pretrained ===
@@ -1798,7 +1796,7 @@ class Batcher:
             n, added = self.n_tokens(), sum(map(len, new.values()))
             # what is larger than the whole queue is taken when that is empty
             if n and added and n + added > self.queue_tokens:
-                raise _queue_full(self)
+                raise RequestError("too much waits", 429, "queue_full")
             for key, ids in new.items():
                 due += len(ids) / self._rate  # so short requests pass a long one
                 self._queue[key] = _Job(key, ids, came, due)
@@ -1867,11 +1865,6 @@ class Batcher:
             metrics.queue_seconds.observe(began - job.came)
 
 
-def _queue_full(model: Any) -> RequestError:
-    wait_s = model.wait_s() if isinstance(model, Batcher) else 1
-    return RequestError("too many wait", 429, "queue_full", wait_s=wait_s)
-
-
 def _wait(job: _Job, deadline: float, is_gone: Callable[[], bool]) -> np.ndarray:
     while not job.done.wait(min(_LOOK_S, max(0, deadline - time.monotonic()))):
         if time.monotonic() >= deadline:
@@ -1883,20 +1876,23 @@ def _wait(job: _Job, deadline: float, is_gone: Callable[[], bool]) -> np.ndarray
     return job.result
 
 
-# === 12. HTTP: Limits, create_app, serve ===
+# === 12. HTTP: ServeConfig, create_app, serve ===
 
-_BACKLOG = 2048  # connections that the kernel accepts ahead
-_SPARE_THREADS = 4  # for those who are refused, and for health checks
-_WATCH_S = 1.0  # between two looks for a new latest model
-_DEADLINE = "X-Request-Deadline-Ms"
-_GRACE_S = 5.0  # to send answers, when all requests are past their deadline
 _OPEN_PATHS = ("/health_check", "/readyz", "/metrics")
+_DEADLINE = "X-Request-Deadline-Ms"
+_BACKLOG = 2048  # connections that the kernel accepts ahead
+_SPARE_THREADS = 4  # to refuse what is too much, and for health checks
+_WATCH_S = 1.0  # between two looks for a new latest model
+_GRACE_S = 5.0  # to send answers, when all requests are past their deadline
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What the API accepts and keeps; every field is a flag of `serve`."""
+class ServeConfig:
+    """The parameters of a server."""
 
+    host: str = _field("address to listen on", "127.0.0.1")
+    port: int = _field("0: any", 5000)
+    threads: int = _field("requests at once", 320)
     max_body_bytes: int = _field("bytes of a request", 10 * 2**20)
     max_texts: int = _field("texts of a request", 1000)
     max_characters: int = _field("characters of a text", 1_000_000)
@@ -1904,6 +1900,7 @@ class Limits:
     queue_tokens: int = _field("tokens that may wait for the model", 65_536)
     cache_size: int = _field("answers to remember; 0: none", 4096)
     deadline: float = _field("seconds a request may take", 30.0)
+    drain_delay: float = _field("seconds to go on after SIGTERM", 0.0)
     api_keys: str | None = _field("file with an API key a line", None)
     open_health: bool = _field("health and metrics without a key", False)
     trusted_proxies: int = _field("proxies that set X-Forwarded-For", 0)
@@ -1914,42 +1911,40 @@ class _Service:
     """What the views share."""
 
     model: Any
-    limits: Limits
+    config: ServeConfig
     metrics: Any
-    keys: list[bytes]  # nobody needs one if there is none
+    keys: list[bytes]
     slots: threading.Semaphore  # for requests at once
     draining: bool = False
     reload_error: str | None = None
 
 
-def create_app(
-    classifier: Any, *, max_requests: int = 2**31, **limits: Any
-) -> flask.Flask:
+def create_app(classifier: Any, **limits: Any) -> flask.Flask:
     """A Flask application on anything with `labels`, `name` and `predict`.
 
-    `limits` are fields of Limits; more than `max_requests` at once get a 429.
-    `app.extensions["bertflask"]` is what its views share.
+    `limits` are fields of ServeConfig. A Classifier gets a Batcher.
     """
     from flask import Flask, request
     from werkzeug.middleware.proxy_fix import ProxyFix
 
-    limits, metrics = Limits(**limits), _metrics()
-    if isinstance(classifier, Classifier):
-        sizes = limits.queue_tokens, limits.cache_size
-        classifier = Batcher(classifier, metrics, *sizes)
-    slots, keys = threading.Semaphore(max_requests), _read_keys(limits.api_keys)
-    service = _Service(classifier, limits, metrics, keys, slots)
+    config, metrics = ServeConfig(**limits), _metrics()
+    if isinstance(model := classifier, Classifier):
+        model = Batcher(classifier, metrics, config.queue_tokens, config.cache_size)
+    slots = threading.Semaphore(max(1, config.threads - _SPARE_THREADS))
+    service = _Service(model, config, metrics, _read_keys(config.api_keys), slots)
     app = Flask(__name__, static_folder=None)
     app.extensions["bertflask"] = service
     app.json.sort_keys = False
     app.url_map.merge_slashes = False  # it redirects, with a page of HTML
-    app.wsgi_app = ProxyFix(app.wsgi_app, x_for=limits.trusted_proxies, x_proto=0)
+    app.wsgi_app = ProxyFix(app.wsgi_app, x_for=config.trusted_proxies, x_proto=0)
     app.before_request(functools.partial(_start_request, service, request))
     app.after_request(functools.partial(_log_request, service, request))
-    app.register_error_handler(Exception, functools.partial(_answer_error, request))
+    app.register_error_handler(
+        Exception, functools.partial(_answer_error, service, request)
+    )
     for path, (method, view, _) in _ROUTES.items():
         view = functools.partial(view, service, request)
-        app.add_url_rule(path, path, view, methods=[method.upper()])
+        app.add_url_rule(path, path, view, methods=[method])
     return app
 
 
@@ -1963,9 +1958,9 @@ def _read_keys(path: str | None) -> list[bytes]:
 def _start_request(service: _Service, request: Any) -> None:
     request.id, request.started = os.urandom(16).hex(), time.monotonic()
     given = request.headers.get("Authorization", "").encode()
-    # all of them are compared, so that the time does not tell which one is near
+    # compared with all, in a time that does not tell how near a wrong one is
     fits = [hmac.compare_digest(b"Bearer " + key, given) for key in service.keys]
-    is_open = service.limits.open_health and request.path in _OPEN_PATHS
+    is_open = service.config.open_health and request.path in _OPEN_PATHS
     if fits and not any(fits) and not is_open:
         words = "send an API key that is known, as Authorization: Bearer KEY"
         raise RequestError(words, 401, "unauthorized", "Authorization")
@@ -1991,7 +1986,7 @@ def _metrics_page(service: _Service, request: Any) -> tuple[bytes, dict]:
 
 def _predict(service: _Service, request: Any) -> dict:
     if not service.slots.acquire(blocking=False):
-        raise _queue_full(service.model)
+        raise RequestError("too many requests at once", 429, "queue_full")
     try:
         body, options = _read_body(service, request), {}
         if isinstance(service.model, Batcher):
@@ -2016,7 +2011,7 @@ def _predict(service: _Service, request: Any) -> dict:
 
 def _allowed_s(service: _Service, request: Any) -> float:
     """The seconds that a request may take; its header may shorten them."""
-    limit = service.limits.deadline
+    limit = service.config.deadline
     if (given := request.headers.get(_DEADLINE)) is None:
         return limit
     if not re.fullmatch("[0-9]{1,9}", given):
@@ -2029,13 +2024,13 @@ def _read_body(service: _Service, request: Any) -> Any:
     """The body, checked; RequestError if it is of another shape or too large."""
     from pydantic import ValidationError
 
-    limit, n_labels = service.limits.max_body_bytes, len(service.model.labels)
+    limit, n_labels = service.config.max_body_bytes, len(service.model.labels)
     try:
         raw = request.stream.read(limit + 1)
         if len(raw) <= limit:
             # int() refuses NaN and Infinity
             value = json.loads(raw, parse_constant=int)
-            return _schemas(service.limits, n_labels)["Body"].model_validate(value)
+            return _schemas(service.config, n_labels)["Body"].model_validate(value)
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]
         field, *index = problem["loc"] or (None,)
@@ -2047,24 +2042,22 @@ def _read_body(service: _Service, request: Any) -> Any:
 
 
 @functools.cache
-def _schemas(limits: Limits, n_labels: int) -> dict[str, Any]:
+def _schemas(config: ServeConfig, n_labels: int) -> dict[str, Any]:
     """pydantic models by name: of the body and, to be described, of the answers."""
     from pydantic import Field, create_model
 
-    text = Annotated[str, Field(max_length=limits.max_characters)]
-    texts = Annotated[list[text], Field(min_length=1, max_length=limits.max_texts)]
-    most = min(limits.max_top_k, n_labels)
+    text = Annotated[str, Field(max_length=config.max_characters)]
+    texts = Annotated[list[text], Field(min_length=1, max_length=config.max_texts)]
+    most = min(config.max_top_k, n_labels)
     top_k = Annotated[int, Field(ge=1, le=most)] | None
     strict = {"strict": True}  # true is no number, 1 is no text
     rank = create_model("Rank", label=str, probability=float)
     lists = {"predictions": list[str], "probabilities": list[float]}
     lists |= {"truncated": list[bool], "top_k": (list[list[rank]], [])}
     reason = create_model("Reason", code=str, message=str, field=str | None)
-    state = {"status": str, "model": (str, ""), "error": (str | None, None)}
     models = (
         create_model("Body", __config__=strict, x=(texts, ...), top_k=(top_k, None)),
         create_model("Answer", model=str, **lists),
-        create_model("State", **state),
         create_model("Error", error=reason),
     )
     return {model.__name__: model for model in models}
@@ -2074,7 +2067,7 @@ def _openapi(service: _Service, request: Any) -> dict:
     from pydantic.json_schema import models_json_schema
 
     place = "#/components/schemas/{model}"
-    models = _schemas(service.limits, len(service.model.labels)).values()
+    models = _schemas(service.config, len(service.model.labels)).values()
     pairs = [(model, "validation") for model in models]
     parts = {"schemas": models_json_schema(pairs, ref_template=place)[1]["$defs"]}
 
@@ -2085,7 +2078,7 @@ def _openapi(service: _Service, request: Any) -> dict:
     paths: dict = {}
     for path, (method, _, answer) in _ROUTES.items():
         found = {"description": "OK"} | ({"content": holds(answer)} if answer else {})
-        paths[path] = {method: {"responses": {"200": found, "default": error}}}
+        paths[path] = {method.lower(): {"responses": {"200": found, "default": error}}}
     header = {"in": "header", "name": _DEADLINE}
     header["schema"] = {"type": "integer", "minimum": 0, "maximum": 10**9 - 1}
     body = {"required": True, "content": holds("Body")}
@@ -2099,15 +2092,15 @@ def _openapi(service: _Service, request: Any) -> dict:
 
 
 _ROUTES = {  # path: method, view and what it answers
-    "/predict": ("post", _predict, "Answer"),
-    "/health_check": ("get", lambda *_: {"status": "ok"}, "State"),
-    "/readyz": ("get", _readyz, "State"),
-    "/metrics": ("get", _metrics_page, None),
-    "/openapi.json": ("get", _openapi, None),
+    "/predict": ("POST", _predict, "Answer"),
+    "/health_check": ("GET", lambda *_: {"status": "ok"}, None),
+    "/readyz": ("GET", _readyz, None),
+    "/metrics": ("GET", _metrics_page, None),
+    "/openapi.json": ("GET", _openapi, None),
 }
 
 
-def _answer_error(request: Any, error: Exception) -> tuple[dict, int, dict[str, str]]:
+def _answer_error(service: _Service, request: Any, error: Exception) -> tuple:
     from werkzeug.exceptions import HTTPException
 
     headers = {}
@@ -2121,16 +2114,15 @@ def _answer_error(request: Any, error: Exception) -> tuple[dict, int, dict[str, 
         log.error("%s in request %s\n%s", type(error).__name__, request.id, frames)
         error = RequestError(f"a bug, logged as {request.id}", 500, "internal_error")
     if error.status == 429:
-        headers["Retry-After"] = str(error.wait_s)
+        wait_s = getattr(service.model, "wait_s", lambda: 1)()
+        headers["Retry-After"] = str(wait_s)
     elif error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     parts = {"code": error.code, "message": str(error), "field": error.field}
     return {"error": parts}, error.status, headers
 
 
-def _log_request(
-    service: _Service, request: Any, response: flask.Response
-) -> flask.Response:
+def _log_request(service: _Service, request: Any, response: Any) -> Any:
     seconds, status = time.monotonic() - request.started, response.status_code
     route, metrics = str(request.url_rule), service.metrics
     metrics.requests.labels(route, status).inc()
@@ -2149,26 +2141,18 @@ def _log_request(
     return response
 
 
-def serve(
-    run_dir: str | None,
-    models_dir: str,
-    host: str,
-    port: int,
-    threads: int,
-    drain_delay: float = 0.0,
-    **limits: Any,
-) -> None:
+def serve(config: ServeConfig, run_dir: str | None, models_dir: str) -> None:
     """Serves a run until SIGTERM or SIGINT; then answers what was accepted, and exits.
 
     A process of its own does it, and is started again when it dies. SIGHUP or a new
-    latest model changes the model. `limits` are fields of Limits. Raises ServerError
-    if it cannot listen, other errors if it cannot load the model.
+    latest model changes the model. Raises ServerError if it cannot listen, other errors
+    if it cannot load the model.
     """
     try:
-        listener = socket.create_server((host, port), backlog=_BACKLOG)
-    except (OSError, UnicodeError) as error:
-        words = f"cannot listen on {host} port {port}: {_one_line(error)}"
-        raise ServerError(f"{words}; give another --port") from None
+        listener = socket.create_server((config.host, config.port), backlog=_BACKLOG)
+    except (OSError, ValueError, OverflowError) as error:
+        words = f"cannot listen on {config.host} port {config.port}"
+        raise ServerError(f"{words}: {_one_line(error)}; give another --port") from None
     ready, child, stopped = mmap.mmap(-1, 1), 0, False  # ready: shared by processes
 
     def pass_on(number: int, _: Any) -> None:
@@ -2185,31 +2169,20 @@ def serve(
         with warnings.catch_warnings(action="ignore"):  # numpy's threads, which idle
             child = os.fork()
         if not child:
-            limits["max_requests"] = max(1, threads - _SPARE_THREADS)
             load = functools.partial(Classifier.load, run_dir, models_dir)
-            app = create_app(load(), **limits)
+            app = create_app(load(), **vars(config))
             ready.write(b"1")
-            latest = (
-                Path(run_dir, "config.json") if run_dir else Path(models_dir, LATEST)
-            )
-            _answer(app, listener, threads, drain_delay, load, latest)
+            latest = Path(run_dir or models_dir, "config.json" if run_dir else LATEST)
+            _answer(app, listener, load, latest)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if code < 0:
-            words = "the serving process was killed by signal %d, out of memory?"
-            log.error(words, -code)
+            log.error("signal %d killed the process; out of memory?", -code)
         if code == 0 or not ready[0]:
             sys.exit(2 if code < 0 else code)
     sys.exit(1)
 
 
-def _answer(
-    app: flask.Flask,
-    listener: socket.socket,
-    threads: int,
-    drain_delay: float,
-    load: Callable,
-    latest: Path,
-) -> None:
+def _answer(app: Any, listener: socket.socket, load: Callable, latest: Path) -> None:
     """Serves with waitress, which holds no thread for a slow client, then exits."""
     import waitress
 
@@ -2217,9 +2190,10 @@ def _answer(
     logging.getLogger("waitress").setLevel(logging.ERROR)
     waitress.utilities.Error.to_response = _to_response
     server = waitress.create_server(
-        app, sockets=[listener], threads=threads, ident=None, connection_limit=1000,
+        app, sockets=[listener], threads=service.config.threads, ident=None,
         channel_request_lookahead=1,  # tells when a client leaves
-        max_request_body_size=service.limits.max_body_bytes + 100 * 2**20,
+        max_request_body_size=service.config.max_body_bytes + 100 * 2**20,
+        connection_limit=1000,
     )  # fmt: skip
     turn = functools.partial(waitress.wasyncore.loop, 0.1, True, server._map, 1)
     signal.signal(signal.SIGHUP, lambda *_: wake.set())
@@ -2232,14 +2206,14 @@ def _answer(
     log.info("ready: %s serves %s; try: %s", url, service.model.name, curl)
     while not stop:
         turn()
-    service.draining, end = True, time.monotonic() + drain_delay
+    service.draining, end = True, time.monotonic() + service.config.drain_delay
     while time.monotonic() < end:
         turn()
     for _ in range(_BACKLOG):
         server.handle_accept()  # whom the kernel has let in
     listener.shutdown(socket.SHUT_RDWR)  # for the first process, too, which holds it
     server.del_channel()
-    end = time.monotonic() + service.limits.deadline + _GRACE_S
+    end = time.monotonic() + service.config.deadline + _GRACE_S
     while server.active_channels and time.monotonic() < end:
         turn()
         for channel in [*server.active_channels.values()]:
@@ -2258,28 +2232,21 @@ def _to_response(error: Any, ident: str | None = None) -> tuple[str, list, bytes
     return f"{error.code} {error.reason}", kind, body
 
 
-def _watch(
-    service: _Service, load: Callable, latest: Path, wake: threading.Event
-) -> None:
+def _watch(service: _Service, load: Callable, latest: Path, wake: Any) -> None:
     """Changes the model when `latest` does, or on `wake`; keeps it if that fails."""
-
-    def look() -> tuple | None:
-        with contextlib.suppress(OSError):
-            found = latest.stat()
-            return found.st_ino, found.st_mtime_ns
-
-    seen = look()
+    seen, asked = None, False
     while True:
-        asked, now = wake.wait(_WATCH_S), look()
-        wake.clear()
-        if asked or now != seen:
-            seen, service.reload_error = now, None
+        now = latest.read_bytes() if latest.is_file() else seen
+        if asked or now != (seen or now):
             try:
                 service.model.swap(load())
+                service.reload_error = None
             except Exception as error:
                 service.reload_error = _one_line(error)
                 log.error("%s goes on: %s", service.model.name, service.reload_error)
             service.metrics.reloads.labels(service.reload_error or "done").inc()
+        seen, asked = now, wake.wait(_WATCH_S)
+        wake.clear()
 
 
 def _error_line(error: Exception) -> str:
@@ -2316,7 +2283,7 @@ def _flag(field: dataclasses.Field) -> click.Option:
     return click.Option(names, type=kind, **options, **texts)
 
 
-_FIELDS = dataclasses.fields(TrainConfig) + dataclasses.fields(Limits)
+_FIELDS = dataclasses.fields(TrainConfig) + dataclasses.fields(ServeConfig)
 _FLAGS = {field.name: _flag(field) for field in _FIELDS}
 _FLAGS["run_dir"] = click.Option(["--run", "run_dir"], help="folder, else the latest")
 
@@ -2396,14 +2363,10 @@ def _predict_command(
             writer.writerow([*row, found.label, found.probability])
 
 
-@_command("serve", "--host 0.0.0.0", *Limits.__annotations__, "run_dir", "models_dir")
-@click.option("--host", default="127.0.0.1", help="address to listen on")
-@click.option("--port", default=5000, type=click.IntRange(0, 65535), help="0: any")
-@click.option("--threads", default=320, type=click.IntRange(1), help="requests at once")
-@click.option("--drain-delay", default=0.0, help="seconds from SIGTERM to refusal")
-def _serve_command(**arguments: Any) -> None:
+@_command("serve", "--port 80", "run_dir", "models_dir", *ServeConfig.__annotations__)
+def _serve_command(run_dir: str | None, models_dir: str, **fields: Any) -> None:
     """Answer POST /predict {"x": ["text", ...]} until SIGTERM or Ctrl-C."""
-    serve(**arguments)
+    serve(ServeConfig(**fields), run_dir, models_dir)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

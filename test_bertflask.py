@@ -52,6 +52,7 @@ from bertflask import (
     Examples,
     PretrainedError,
     RequestError,
+    ServeConfig,
     ServerError,
     TrainConfig,
     batches_by_length,
@@ -3238,7 +3239,7 @@ def test_a_bug_while_loading_shows_its_traceback_once(start):
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "x" * 70, "300.1.1.1"])
 def test_a_host_that_is_none_is_one_line(host):
     with pytest.raises(ServerError, match="cannot listen on"):
-        serve(None, "models", host, 0, 1)
+        serve(ServeConfig(host=host), None, "models")
 
 
 # === 13. Command line ===
@@ -3505,11 +3506,12 @@ def test_predict_refuses_in_one_line_and_leaves_nothing(run, tmp_path, args, wor
 
 def test_serve_passes_on_its_flags(run, replaced):
     calls = []
-    replaced("serve", lambda **arguments: calls.append(arguments))
-    assert run("serve") == run("serve", "--port", "80", "--threads", "2")
-    defaults = {"run_dir": None, "models_dir": "models", "host": "127.0.0.1"}
-    assert calls[0] == defaults | {"port": 5000, "threads": 8}
-    assert calls[1] == defaults | {"port": 80, "threads": 2}
+    replaced("serve", lambda *arguments: calls.append(arguments))
+    flags = ["--port", "80", "--deadline", "2.5", "--open-health", "--run", "a"]
+    assert run("serve") == run("serve", *flags)
+    assert calls[0] == (ServeConfig(), None, "models")
+    changed = ServeConfig(port=80, deadline=2.5, open_health=True)
+    assert calls[1] == (changed, "a", "models")
 
 
 def test_serve_on_a_port_in_use_is_one_line(run):
