@@ -157,7 +157,6 @@ _NEEDED = {  # by configuration file in Google's layout, by type in Hugging Face
     "bert": ("vocab.txt", "model.safetensors"),
     "albert": ("spiece.model", "model.safetensors"),
 }
-_HUB_SMALL = ("config.json", "tokenizer_config.json", "vocab.txt", "spiece.model")
 # keys of a config.json and the values that work here
 _SUPPORTED = {"model_type": ("bert", "albert"), "pad_token_id": (0, None)}
 _SUPPORTED |= {"position_embedding_type": ("absolute", None)}
@@ -253,13 +252,13 @@ def _fetch_hub(name: str, model_dir: Path) -> str:
     import huggingface_hub as hub
 
     with _raising(DownloadError, f"cannot fetch {name} from the hub, check the name"):
-        revision = hub.HfApi().model_info(name).sha
-        options = {"revision": revision, "local_dir": model_dir}
-        hub.snapshot_download(name, allow_patterns=_HUB_SMALL, **options)
-        _check_kind(model_dir / "config.json")  # before gigabytes of another kind
-        hub.snapshot_download(name, allow_patterns="model.safetensors", **options)
+        options = {"revision": hub.model_info(name).sha, "local_dir": model_dir}
+        hub.snapshot_download(name, allow_patterns="config.json", **options)
+        # Its kind is checked here, before gigabytes of another one.
+        wanted = ["tokenizer_config.json", *_needed_beside(model_dir / "config.json")]
+        hub.snapshot_download(name, allow_patterns=wanted, **options)
         shutil.rmtree(model_dir / ".cache", ignore_errors=True)  # the library's notes
-    return revision
+    return options["revision"]
 
 
 def _one_line(error: object) -> str:
@@ -283,7 +282,7 @@ def _download(path: str, part_path: Path) -> str:
     if not storage.startswith(("http://", "https://")):
         raise DownloadError(f"BERTFLASK_MIRROR is {storage!r}: set an http(s) address")
     url = f"{storage.rstrip('/')}/{path}"
-    advice = "download it by hand and pass its path, or set BERTFLASK_MIRROR"
+    advice = "get it by hand and pass its path, or set BERTFLASK_MIRROR"
     for wait_s in (*_RETRY_WAITS_S, None):
         try:
             _download_rest(url, part_path)
@@ -295,8 +294,7 @@ def _download(path: str, part_path: Path) -> str:
             if status == 416:  # nothing there to continue with
                 part_path.unlink(missing_ok=True)
             if wait_s is None or (status < 500 and status not in (408, 416, 429)):
-                words = f"cannot download {url}: {reason}; {advice}"
-                raise DownloadError(words) from error
+                raise DownloadError(f"cannot get {url}: {reason}; {advice}") from error
             log.warning("%s: %s; trying again", url, reason)
             time.sleep(wait_s)
 
@@ -324,8 +322,7 @@ def _download_rest(url: str, part_path: Path) -> None:
             shutil.copyfileobj(source, part_file)
     if response.length:  # what is still to come
         raise OSError(f"the connection ended {response.length} bytes early")
-    stated = ",".join(response.headers.get_all("x-goog-hash", []))
-    match = re.search(r"\bmd5=([\w+/=]+)", stated)
+    match = re.search(r"(?i)x-goog-hash:.*\bmd5=([\w+/=]+)", str(response.headers))
     if match and base64.b64decode(match[1]).hex() != _digest(part_path, "md5"):
         part_path.unlink()
         raise DownloadError(f"{url} came damaged (md5 {match[1]}): try again")
@@ -343,21 +340,23 @@ def _ready_checkpoint(folder: Path) -> Path:
     paths = next(filter(None, levels), [])
     if len({path.parent for path in paths}) != 1:
         raise PretrainedError(f"no model in {folder}: it has none of {_CONFIG_NAMES}")
-    checkpoint_dir, needed = paths[0].parent, _NEEDED[_check_kind(paths[0])]
+    checkpoint_dir = paths[0].parent
+    needed = _needed_beside(paths[0])
     if missing := [name for name in needed if not any(checkpoint_dir.glob(name))]:
         words = f"{checkpoint_dir} lacks {', '.join(missing)}: complete it"
         raise PretrainedError(f"{words} (pickled or sharded weights are not read)")
     return checkpoint_dir
 
 
-def _check_kind(path: Path) -> str:
-    """The row of _NEEDED for a model; PretrainedError if its kind cannot be used."""
-    config, is_google = _read_object(path), path.name != "config.json"
-    for key, works in () if is_google else _SUPPORTED.items():
-        if (found := config.get(key)) not in works:
-            words = f"{path}: {key} {found!r} does not work here"
-            raise PretrainedError(f"{words}; take a model with {works[0]!r}")
-    return path.name if is_google else config["model_type"]
+def _needed_beside(path: Path) -> tuple[str, ...]:
+    """The other files of a model; PretrainedError if its kind cannot be used."""
+    config = _read_object(path)
+    if path.name in _NEEDED:  # Google's
+        return _NEEDED[path.name]
+    found = {key: config.get(key) for key in _SUPPORTED}
+    if not all(found[key] in values for key, values in _SUPPORTED.items()):
+        raise PretrainedError(f"{path} has {found}; what works is {_SUPPORTED}")
+    return _NEEDED[config["model_type"]]
 
 
 def _read_object(path: Path, error: type = PretrainedError, **types: type) -> dict:
