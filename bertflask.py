@@ -19,7 +19,6 @@ import base64
 import contextlib
 import csv
 import dataclasses
-import difflib
 import fcntl
 import functools
 import hashlib
@@ -43,7 +42,7 @@ import unicodedata
 import urllib.request
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -195,9 +194,7 @@ def _name_of(source: str) -> str:
         raise PretrainedError(f"{source} is no .zip or .tar.gz: pass one or a folder")
     if source in PRETRAINED or _HUB_NAME.fullmatch(source):
         return source
-    close = difflib.get_close_matches(source, PRETRAINED) or ["owner/name (hub)"]
-    words = f"no model, file or folder {source!r}"
-    raise PretrainedError(f"{words}; did you mean {', '.join(close)}?")
+    raise PretrainedError(f"no model, file or folder {source!r}; see `models`")
 
 
 def _publish(source: str, name: str, stage_dir: Path, ready_dir: Path) -> None:
@@ -378,10 +375,8 @@ _TEXTS = "sentence utterance query question message content body review comment 
 _TEXT_NAMES = ("text", "post", _TEXTS)
 _LABELS = "labels tag class category intent target topic sentiment"
 _LABEL_NAMES = ("label", "tags", _LABELS)
-_LIBRARIES = (
-    "numpy tensorflow flask werkzeug click jinja2 onnxruntime matplotlib "
-    "asyncio email importlib multiprocessing"
-)
+_LIBRARIES = "numpy tensorflow flask werkzeug click jinja2 onnxruntime matplotlib"
+_LIBRARIES += " asyncio email importlib multiprocessing"
 
 
 @dataclass(frozen=True)
@@ -504,9 +499,8 @@ def check_labels(examples: Examples) -> list[str]:
     if len(counts) < 2 or len(texts) != len(labels):
         found = f"{len(texts)} texts, {len(labels)} labels, {len(counts)} distinct"
         raise DataError(f"{found}; give one label a text and at least two distinct")
-    if single := sorted(label for label, n in counts.items() if n == 1):
-        words = "%d labels have one row, never tested: %s"
-        log.warning(words, len(single), _quote(single))
+    if rare := sorted(label for label, n in counts.items() if n == 1):
+        log.warning(f"{len(rare)} labels have one row, never tested: {_quote(rare)}")
     return sorted(counts)
 
 
@@ -526,11 +520,11 @@ def check_examples(examples: Examples) -> list[str]:
     return found
 
 
-def _groups(texts: list[str]) -> list[list[int]]:
-    """Row numbers of equal texts together, in the order of their first."""
+def _groups(texts: Iterable[str]) -> list[list[int]]:
+    """Places of equal texts together, in the order of their first."""
     groups: dict[str, list[int]] = {}
-    for row, text in enumerate(texts):
-        groups.setdefault(text.strip(), []).append(row)
+    for place, text in enumerate(texts):
+        groups.setdefault(text.strip(), []).append(place)
     return list(groups.values())
 
 
@@ -540,14 +534,13 @@ def split_examples(
     """(rest, test), by label, equal texts in one; DataError on a bad test_size."""
     if not 0 <= test_size < 1:
         raise DataError(f"test_size is {test_size}; give a share from 0 to below 1")
-    shuffled = _groups(examples.texts)
+    labels, shuffled = examples.labels, _groups(examples.texts)
     np.random.default_rng(seed).shuffle(shuffled)
-    by_label: dict[str, list[list[int]]] = {}
-    for rows in shuffled:  # those with several labels stay in rest
-        if len(own := {examples.labels[i] for i in rows}) == 1:
-            by_label.setdefault(own.pop(), []).append(rows)
-    in_test, carry = np.zeros(len(examples.labels), bool), 0.5 + 1e-9
-    spare = [groups for groups in by_label.values() if len(groups) > 1]
+    # Texts with several labels stay in rest.
+    sure = [rows for rows in shuffled if len({labels[i] for i in rows}) == 1]
+    by_label = _groups(labels[rows[0]] for rows in sure)
+    spare = [[sure[i] for i in places] for places in by_label if len(places) > 1]
+    in_test, carry = np.zeros(len(labels), bool), 0.5 + 1e-9
     for groups in spare:
         # With what rounding left: so rare labels get their share together.
         wanted, carry = divmod(test_size * sum(map(len, groups)) + carry, 1)
@@ -584,17 +577,20 @@ def load_examples(
 
 
 def _read_docstrings() -> Examples:
-    """First paragraphs of docstrings with their library; nothing is imported."""
+    """First paragraphs of docstrings, without their library's name, and the library."""
     found: dict[str, str] = {}  # text: library
     for library in _LIBRARIES.split():
-        new = (text for text in _draw_docstrings(library) if text not in found)
+        own_name = re.compile(rf"(?i)\w*{library.rstrip('2')}\w*")
+        texts = (own_name.sub(" ", text).split() for text in _paragraphs(library))
+        texts = (" ".join(words) for words in texts if 6 <= len(words) <= 80)
+        new = (text for text in texts if text not in found)
         rows = dict.fromkeys(itertools.islice(new, 300), library)
         found |= rows if len(rows) >= 100 else {}
     return Examples([*found], [*found.values()])
 
 
-def _draw_docstrings(library: str) -> Iterator[str]:
-    """Those without the library's name, in an order that the version decides."""
+def _paragraphs(library: str) -> Iterator[str]:
+    """From source, nothing is imported, in an order that the version decides."""
     if not (origin := getattr(importlib.util.find_spec(library), "origin", None)):
         return
     # Not the search locations: tensorflow adds more to them when it is imported.
@@ -602,20 +598,13 @@ def _draw_docstrings(library: str) -> Iterator[str]:
     paths = sorted(root.rglob("*.py"))
     np.random.default_rng(0).shuffle(paths)
     paths = (x for x in paths if not {"test", "tests"} & {*x.relative_to(root).parts})
-    for paragraph in itertools.chain.from_iterable(map(_first_paragraphs, paths)):
-        words = re.sub(rf"(?i)\w*{library.rstrip('2')}\w*", " ", paragraph).split()
-        if 6 <= len(words) <= 80:
-            yield " ".join(words)
-
-
-def _first_paragraphs(path: Path) -> list[str]:
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    bad = (SyntaxError, ValueError)  # and ignored are other people's invalid escapes
-    with warnings.catch_warnings(action="ignore"), contextlib.suppress(*bad):
-        tree = ast.walk(ast.parse(path.read_bytes()))
-        texts = (ast.get_docstring(x) or "" for x in tree if isinstance(x, kinds))
-        return [re.split(r"\n\s*\n", text)[0] for text in texts]
-    return []
+    for path in paths:
+        nodes, bad = [], (SyntaxError, ValueError)  # ignored: others' invalid escapes
+        with warnings.catch_warnings(action="ignore"), contextlib.suppress(*bad):
+            nodes = ast.walk(ast.parse(path.read_bytes()))
+        texts = (ast.get_docstring(x) or "" for x in nodes if isinstance(x, kinds))
+        yield from (re.split(r"\n\s*\n", text)[0] for text in texts)
 
 
 # === 5. Encoding: load_tokenizer, Tokenizer, pad, batches_by_length and _by_tokens ===
