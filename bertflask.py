@@ -163,8 +163,7 @@ def fetch_pretrained(model_name: str | Path, models_dir: str | Path = "models") 
     """The folder of a ready checkpoint, fetched and unpacked the first time.
 
     `model_name` is a folder (used where it lies), a .zip or .tar.gz, a name in
-    PRETRAINED or `owner/name` on the Hugging Face hub. Raises PretrainedError if it
-    cannot be used, DownloadError if it cannot be fetched, verified or unpacked.
+    PRETRAINED or `owner/name` on Hugging Face. Raises PretrainedError, DownloadError.
     """
     source = str(model_name)
     if os.path.isdir(source):
@@ -172,9 +171,7 @@ def fetch_pretrained(model_name: str | Path, models_dir: str | Path = "models") 
     name = _name_of(source)
     ready_dir = Path(models_dir, "pretrained", name.replace("/", "--"))
     stage_dir = ready_dir.with_name(f".{ready_dir.name}.unfinished")
-    with _raising(
-        DownloadError, f"cannot unpack {name} into {ready_dir}, get it again"
-    ):
+    with _raising(DownloadError, f"cannot unpack {name}, get it again"):
         ready_dir.parent.mkdir(parents=True, exist_ok=True)
         with stage_dir.with_suffix(".lock").open("w") as lock_file:
             fcntl.flock(lock_file, fcntl.LOCK_EX)  # the first process does the work
@@ -194,7 +191,7 @@ def _name_of(source: str) -> str:
         raise PretrainedError(f"{source} is no .zip or .tar.gz: pass one or a folder")
     if source in PRETRAINED or _HUB_NAME.fullmatch(source):
         return source
-    raise PretrainedError(f"no model, file or folder {source!r}; see `models`")
+    raise PretrainedError(f"no model, file or folder {source!r}; `models` lists names")
 
 
 def _publish(source: str, name: str, stage_dir: Path, ready_dir: Path) -> None:
@@ -297,21 +294,17 @@ def _download_rest(url: str, part_path: Path) -> None:
     """Completes `part_path`, from its end if the server still has that version."""
     from tqdm import tqdm
 
-    etag_path, size = part_path.with_suffix(".etag"), 0
+    etag_path = part_path.with_suffix(".etag")
     etag_path.touch()
     etag, request = etag_path.read_text(), urllib.request.Request(url)
     if part_path.exists() and etag.startswith('"'):  # a weak one cannot be continued
-        size = part_path.stat().st_size
-        request.add_header("Range", f"bytes={size}-")
+        request.add_header("Range", f"bytes={part_path.stat().st_size}-")
         request.add_header("If-Range", etag)
     with urllib.request.urlopen(request, timeout=_STALL_S) as response:
         if response.status != 206:
             part_path.unlink(missing_ok=True)  # before its ETag: versions never mix
             etag_path.write_text(response.headers.get("ETag", ""))
-            size = 0
-        total = None if response.length is None else size + response.length
-        options = {"total": total, "initial": size, "desc": part_path.stem[1:]}
-        bar = tqdm.wrapattr(response, "read", **options)
+        bar = tqdm.wrapattr(response, "read", response.length, desc=part_path.stem[1:])
         with bar as source, part_path.open("ab") as part_file:
             shutil.copyfileobj(source, part_file)
     if response.length:  # what is still to come
@@ -336,7 +329,7 @@ def _ready_checkpoint(folder: Path) -> Path:
         raise PretrainedError(f"no model in {folder}: it has none of {_CONFIG_NAMES}")
     folder, needed = paths[0].parent, _needed_beside(paths[0])
     if missing := ", ".join(x for x in needed if not any(folder.glob(x))):
-        raise PretrainedError(f"{folder} lacks {missing}, not pickled or sharded")
+        raise PretrainedError(f"{folder} lacks {missing} (not sharded, not pickled)")
     return folder
 
 
@@ -433,11 +426,10 @@ class _Table:
         try:
             return io.StringIO(data.decode(codec), newline="")
         except UnicodeDecodeError as error:
-            raw, start, codec = error.object, error.start, error.encoding.upper()
-            line = len(re.split("\r\n|\r|\n", raw[:start].decode(codec, "ignore")))
-            bad = f"bytes {raw[start : error.end].hex(' ')} are not {codec}"
-            words = f"{self.path}: line {line}: {bad}; save the file as UTF-8"
-            raise DataError(words) from None
+            raw, at, codec = error.object, error.start, error.encoding.upper()
+            line = len(re.split("\r\n|\r|\n", raw[:at].decode(codec, "ignore")))
+            bad = f"line {line}: bytes {raw[at : error.end].hex(' ')} are not {codec}"
+            raise DataError(f"{self.path}: {bad}; save the file as UTF-8") from None
 
     def _add(self, line: int, row: list[str]) -> None:
         if not self.names:  # the header, without a spreadsheet's empty columns
@@ -503,7 +495,7 @@ def check_examples(examples: Examples) -> list[str]:
     [(most, n_most), *_] = counts = Counter(labels).most_common()
     found = [f"{n} rows, {len(counts)} labels, baseline {n_most / n:.1%} ({most!r})"]
     lines = examples.lines or range(1, n + 1)
-    again = [rows for rows in _groups(examples.texts) if len(rows) > 1]
+    again = [x for x in _groups(map(str.strip, examples.texts)) if len(x) > 1]
     unlike = [rows for rows in again if len({labels[i] for i in rows}) > 1]
     for words, groups in (("come again", again), ("have several labels", unlike)):
         if groups:
@@ -516,7 +508,7 @@ def _groups(texts: Iterable[str]) -> list[list[int]]:
     """Places of equal texts together, in the order of their first."""
     groups: dict[str, list[int]] = {}
     for place, text in enumerate(texts):
-        groups.setdefault(text.strip(), []).append(place)
+        groups.setdefault(text, []).append(place)
     return list(groups.values())
 
 
@@ -526,7 +518,7 @@ def split_examples(
     """(rest, test), by label, equal texts in one; DataError on a bad test_size."""
     if not 0 <= test_size < 1:
         raise DataError(f"test_size is {test_size}; give a share from 0 to below 1")
-    labels, shuffled = examples.labels, _groups(examples.texts)
+    labels, shuffled = examples.labels, _groups(map(str.strip, examples.texts))
     np.random.default_rng(seed).shuffle(shuffled)
     # Texts with several labels stay in rest.
     sure = [rows for rows in shuffled if len({labels[i] for i in rows}) == 1]
