@@ -219,8 +219,7 @@ def _fetch(source: str, stage_dir: Path) -> dict[str, str]:
     elif not archive_path.is_file():
         return _fetch_hub(source, stage_dir / "model")
     # With the standard library, which keeps all members in the folder.
-    is_tar = archive_path.suffix == ".gz"
-    options = {"format": "gztar", "filter": "data"} if is_tar else {"format": "zip"}
+    options = {"filter": "data"} if archive_path.suffix == ".gz" else {"format": "zip"}
     shutil.unpack_archive(archive_path, stage_dir / "model", **options)
     return {"source": origin, "digest": _digest(archive_path)}
 
