@@ -1348,7 +1348,7 @@ def onnx_model(config: dict, weights: dict[str, np.ndarray]) -> bytes:
     from onnx import TensorProto, helper, numpy_helper
 
     graph, value = _Graph(config, dict(weights)), helper.make_tensor_value_info
-    graph.op("Squeeze", graph.logits("ids"), "axis")
+    graph.op("Flatten", graph.logits("ids"))
     graph.nodes[-1].output[:] = ["logits"]
     ids = value("ids", TensorProto.INT64, ["batch", "length"])
     size = ["batch", len(weights["classifier/bias"])]
@@ -1370,11 +1370,9 @@ class _Graph(Model):
     def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
         from onnx import helper
 
-        outputs = [f"{kind}_{len(self.nodes)}"]
-        if kind == "EmbedLayerNormalization":
-            outputs.append("unused")  # a second output that it must have
-        self.nodes.append(helper.make_node(kind, inputs, outputs, **attributes))
-        return outputs[0]
+        output = f"{kind}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(kind, inputs, [output], **attributes))
+        return output
 
     fused = functools.partialmethod(op, domain="com.microsoft")
     _tanh = functools.partialmethod(op, "Tanh")
@@ -1384,41 +1382,34 @@ class _Graph(Model):
         self.variables[name] = np.asarray(value)
         return name
 
-    def joined(self, names: list[str]) -> str:
-        arrays = [self.variables[name] for name in names]
-        return self.array("+".join(names), np.concatenate(arrays, -1))
-
     def _dense(self, x: str, name: str, kernel: str = "kernel") -> str:
         return self.op("Add", self.op("MatMul", x, f"{name}/{kernel}"), f"{name}/bias")
 
     def _embed(self, token_ids: str) -> tuple[str, str]:
         int32, eps = 6, self.config["layer_norm_eps"]
-        mask = self.op("Equal", token_ids, self.array("zero", np.int64(0)))
-        mask = self.op("Cast", self.op("Not", mask), to=int32)  # [B, L], 1: a token
+        ids = self.op("Cast", token_ids, to=int32)
         word, position, segment = _EMBEDDINGS
         # segment 0 belongs to every position, so it is added once and for all
         table = self.variables[position] + self.variables[segment][0]
         norm = (f"embeddings/LayerNorm/{part}" for part in ("gamma", "beta"))
-        ids = self.op("Cast", token_ids, to=int32)
         inputs = (ids, "", word, self.array("positions", table), "", *norm)
         x = self.fused("EmbedLayerNormalization", *inputs, epsilon=eps)
+        self.nodes[-1].output.append("unused")  # a second one that it must have
         if self.config["model_type"] == "albert":
             x = self._dense(x, "embeddings/word_embeddings_projector", "projector")
-        return x, mask
+        return x, self.op("Sign", ids)  # the mask [B, L], 0: padding
 
     def _cls(self, x: str, mask: str) -> str:
-        bounds = (("starts", 0), ("ends", 1), ("axis", 1))
-        return self.op("Slice", x, *(self.array(key, [i]) for key, i in bounds))
+        return self.op("Gather", x, self.array("first", [0]), axis=1)
 
     def _attention(self, name: str, x: str, context: str, mask: str) -> str:
         parts = [f"{name}/{part}" for part in ("query", "key", "value")]
-        kernels, bias = [f"{p}/kernel" for p in parts], [f"{p}/bias" for p in parts]
-        kind, inputs = "Attention", [x, self.joined(kernels)]
-        if x != context:
-            rows = zip((x, context, context), kernels)
-            kind, inputs = "MultiHeadAttention", [self.op("MatMul", *r) for r in rows]
+        pairs = zip((x, context, context), parts)
+        inputs = [self.op("MatMul", rows, f"{part}/kernel") for rows, part in pairs]
+        bias = np.concatenate([self.variables[f"{part}/bias"] for part in parts])
         heads = {"num_heads": self.config["num_attention_heads"]}
-        return self.fused(kind, *inputs, self.joined(bias), mask, **heads)
+        inputs += [self.array(f"{name}/bias", bias), mask]
+        return self.fused("MultiHeadAttention", *inputs, **heads)
 
     def _add_norm(self, x: str, y: str, name: str) -> str:
         y = self.op("MatMul", y, f"{name}/dense/kernel")
