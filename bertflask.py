@@ -48,7 +48,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import click
 import numpy as np
@@ -1093,6 +1093,7 @@ CLIP_NORM = 1.0
 _EVALUATION_TOKENS = 8192  # in a batch without gradients, padding included
 _SCHEDULES = ("exponential", "constant")
 _PRECISIONS = ("float32", "bfloat16", "float16")
+_Rows = list[tuple[np.ndarray, int]]  # token ids and label id of each text
 
 
 def _field(help: str, default: Any, else_: Any = None, within=(), **choices) -> Any:
@@ -1153,57 +1154,28 @@ def _choose_gpu(gpu: str | None) -> None:
         tf.config.experimental.set_memory_growth(chosen, True)
 
 
-def _adam_w(variables: dict) -> Callable:
-    """AdamW (Loshchilov & Hutter 2019), bias-corrected; steps count from 0."""
+def _adam_w(slots: dict, gradients: list, step: Any, learn_rate: Any) -> None:
+    """AdamW (Loshchilov & Hutter 2019), bias-corrected; steps count from 0.
+
+    `slots` has, by name, each variable with the two running moments of its gradient.
+    """
     tf, beta_1, beta_2 = _tensorflow(), 0.9, 0.999
-    moments = {k: [tf.Variable(0 * v) for _ in "mv"] for k, v in variables.items()}
-
-    def apply(gradients: dict, step: Any, learn_rate: Any) -> None:
-        n = tf.cast(step + 1, tf.float32)
-        for name, variable in variables.items():
-            m, v = moments[name]
-            if not name.endswith(("bias", "gamma", "beta")):
-                variable.assign_sub(learn_rate * WEIGHT_DECAY * variable)
-            tf.raw_ops.ResourceApplyAdam(
-                var=variable.handle, m=m.handle, v=v.handle,
-                beta1_power=beta_1**n, beta2_power=beta_2**n, lr=learn_rate,
-                beta1=beta_1, beta2=beta_2, epsilon=1e-6, grad=gradients[name],
-            )  # fmt: skip
-
-    return apply
+    n = tf.cast(step + 1, tf.float32)
+    for (name, (variable, m, v)), gradient in zip(slots.items(), gradients):
+        if not name.endswith(("bias", "gamma", "beta")):
+            variable.assign_sub(learn_rate * WEIGHT_DECAY * variable)
+        tf.raw_ops.ResourceApplyAdam(
+            var=variable.handle, m=m.handle, v=v.handle,
+            beta1_power=beta_1**n, beta2_power=beta_2**n, lr=learn_rate,
+            beta1=beta_1, beta2=beta_2, epsilon=1e-6, grad=gradient,
+        )  # fmt: skip
 
 
-def _train_step(model: Model, seed: int) -> Callable:
-    """A function that does one optimizer step: one trace for all batch shapes."""
-    tf, update = _tensorflow(), _adam_w(model.variables)
-    half = model.precision == "float16"
-    scale = tf.Variable(2.0**15 if half else 1.0, trainable=False)
-
-    def train_step(token_ids: Any, label_ids: Any, step: Any, learn_rate: Any) -> Any:
-        with tf.GradientTape() as tape:
-            noisy = dataclasses.replace(model, seed=tf.stack([seed, step]))
-            logits = noisy.logits(token_ids)
-            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(label_ids, logits)
-            loss = tf.reduce_mean(losses)
-        gradients = tape.gradient(loss, list(model.variables.values()), scale)
-        gradients = [tf.convert_to_tensor(gradient) / scale for gradient in gradients]
-        gradients, norm = tf.clip_by_global_norm(gradients, CLIP_NORM)
-        if half:  # a step that overflowed is left out, and the loss scaled down
-            fine = tf.math.is_finite(norm)
-            gradients = [tf.where(fine, gradient, 0.0) for gradient in gradients]
-            scale.assign(tf.where(fine, tf.minimum(scale * 1.0005, 2.0**24), scale / 2))
-            learn_rate = tf.where(fine, learn_rate, 0.0)
-        update(dict(zip(model.variables, gradients)), step, learn_rate)
-        right = tf.argmax(logits, -1, tf.int32) == label_ids
-        return loss, tf.reduce_mean(tf.cast(right, tf.float32))
-
-    signature = [tf.TensorSpec(s, tf.int32) for s in ((None, None), (None,), ())]
-    return tf.function(train_step, [*signature, tf.TensorSpec(())], autograph=False)
-
-
-class _Rows(NamedTuple):
-    token_ids: list[np.ndarray]
-    label_ids: np.ndarray
+def _loss_and_accuracy(logits: Any, label_ids: Any) -> tuple[Any, Any]:
+    tf = _tensorflow()
+    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(label_ids, logits)
+    right = tf.argmax(logits, -1, tf.int32) == label_ids
+    return tf.reduce_mean(losses), tf.reduce_mean(tf.cast(right, tf.float32))
 
 
 class _Trainer:
@@ -1211,74 +1183,91 @@ class _Trainer:
 
     def __init__(self, config: TrainConfig, model: Model, log_dir: Path) -> None:
         tf, self.config, self.model = _tensorflow(), config, model
-        self.train_step = _train_step(model, config.seed)
-        ids = tf.TensorSpec((None, None), tf.int32)
-        self.logits = tf.function(model.logits, [ids], autograph=False)
+        pairs = model.variables.items()
+        self.slots = {k: [v, tf.Variable(0 * v), tf.Variable(0 * v)] for k, v in pairs}
+        half = model.precision == "float16"  # whose small gradients would be zero
+        scale, self.growth = (2.0**15, 1.0005) if half else (1.0, 1.0)
+        self.scale = tf.Variable(scale, trainable=False)  # of the loss
+        ids, *rest = (tf.TensorSpec(s, tf.int32) for s in ((None, None), (None,), ()))
+        compiled = functools.partial(tf.function, autograph=False)
+        self.train_step = compiled(self._train_step, [ids, *rest, tf.TensorSpec(())])
+        self.logits = compiled(model.logits, [ids])
         writer, parts = tf.summary.create_file_writer, ("train", "validation")
         self.writers = {part: writer(str(log_dir / part)) for part in parts}
-        self.step, self.seconds, self.n_rows = 0, 0.0, 0
+        self.step, self.rate, self.n_texts, self.seconds = 0, 0.0, 0, 0.0
         self.history: list[dict] = []  # of the validation, one entry an epoch
-        self.best_loss, self.best_weights = float("inf"), model.weights()
+        self.best_weights: dict[str, np.ndarray] = {}
 
     def fit(self, train: _Rows, validation: _Rows) -> None:
         """Trains for all epochs; without validation rows the last epoch is kept."""
-        self.n_rows = len(train.token_ids)
         for epoch in range(1, self.config.n_epochs + 1):
             began = time.perf_counter()
             self._epoch(epoch, train)
             self.seconds += time.perf_counter() - began
-            if validation.token_ids:
+            self.n_texts += len(train)
+            if validation:
                 self._validate(epoch, validation)
-        if validation.token_ids:
-            for name, variable in self.model.variables.items():
-                variable.assign(self.best_weights[name])
+        for name, array in self.best_weights.items():
+            self.model.variables[name].assign(array)
 
     def _epoch(self, epoch: int, rows: _Rows) -> None:
         from tqdm import tqdm
 
-        rng = np.random.default_rng([self.config.seed, epoch - 1])
-        lengths, size = [len(ids) for ids in rows.token_ids], self.config.batch_size
-        name = f"epoch {epoch}/{self.config.n_epochs}"
-        for batch in (bar := tqdm(batches_by_length(lengths, size, rng), name)):
-            token_ids = pad([rows.token_ids[row] for row in batch])
-            label_ids, rate = rows.label_ids[batch], self._learn_rate()
-            figures = self.train_step(token_ids, label_ids, self.step, rate)
-            loss, accuracy = map(float, figures)
-            if not np.isfinite(loss):
-                raise TrainingError(
-                    f"the loss is {loss}; lower max_learn_rate or use float32"
-                )
-            self._write("train", loss=loss, accuracy=accuracy, learn_rate=rate)
-            self.step += 1
-            bar.set_postfix(loss=loss, accuracy=accuracy)
-
-    def _learn_rate(self) -> float:
-        config, high = self.config, self.config.max_learn_rate
+        config, rng = self.config, np.random.default_rng([self.config.seed, epoch - 1])
+        batches = batches_by_length([len(x) for x, _ in rows], config.batch_size, rng)
+        n_steps, high = config.n_epochs * len(batches), config.max_learn_rate
         low = high if config.schedule == "constant" else config.min_learn_rate
-        n_steps = config.n_epochs * -(-self.n_rows // config.batch_size)
-        return learn_rate(self.step, n_steps, high, low, config.warmup_proportion)
+        limits = (n_steps, high, low, config.warmup_proportion)
+        for batch in (bar := tqdm(batches, f"epoch {epoch}/{config.n_epochs}")):
+            token_ids, label_ids = zip(*(rows[i] for i in batch))
+            self.rate = learn_rate(self.step, *limits)
+            tensors = (pad(token_ids), np.array(label_ids), self.step, self.rate)
+            bar.set_postfix(self._record("train", *self.train_step(*tensors)))
+            self.step += 1
+
+    def _train_step(self, token_ids: Any, label_ids: Any, step: Any, rate: Any) -> Any:
+        """One optimizer step; one trace of it serves all batch shapes."""
+        tf, model, scale = _tensorflow(), self.model, self.scale
+        with tf.GradientTape() as tape:
+            noisy = dataclasses.replace(model, seed=tf.stack([self.config.seed, step]))
+            figures = _loss_and_accuracy(noisy.logits(token_ids), label_ids)
+        gradients = tape.gradient(figures[0], [*model.variables.values()], scale)
+        gradients = [tf.convert_to_tensor(gradient) / scale for gradient in gradients]
+        gradients, norm = tf.clip_by_global_norm(gradients, CLIP_NORM)
+        # A step that overflowed is left out, and the loss scaled down.
+        fine = tf.math.is_finite(norm)
+        update = functools.partial(_adam_w, self.slots, gradients, step, rate)
+        tf.cond(fine, update, lambda: None)
+        scale.assign(tf.where(fine, scale * self.growth, scale / 2))
+        return figures
 
     def _validate(self, epoch: int, rows: _Rows) -> None:
-        logits, ids = self.predict(rows.token_ids).astype(float), rows.label_ids
-        chosen = logits[np.arange(len(ids)), ids]
-        loss = float(np.mean(np.logaddexp.reduce(logits, -1) - chosen))
-        accuracy = float(np.mean(logits.argmax(-1) == ids))
-        log.info("epoch %d: validation loss %.4f, accuracy %.4f", epoch, loss, accuracy)
-        scalars = {"loss": loss, "accuracy": accuracy, "learn_rate": self._learn_rate()}
-        self._write("validation", **scalars)
-        self.history.append({"epoch": epoch, **scalars})
-        if loss < self.best_loss:
-            self.best_loss, self.best_weights = loss, self.model.weights()
+        token_ids, label_ids = zip(*rows)
+        figures = _loss_and_accuracy(self.predict(token_ids), label_ids)
+        entry = {"epoch": epoch} | self._record("validation", *figures)
+        words = "epoch %(epoch)d: validation loss %(loss).4f, accuracy %(accuracy).4f"
+        log.info(words, entry)
+        if all(entry["loss"] < other["loss"] for other in self.history):
+            self.best_weights = self.model.weights()
+        self.history.append(entry)
 
-    def predict(self, token_ids: list[np.ndarray]) -> np.ndarray:
+    def predict(self, token_ids: Sequence[np.ndarray]) -> np.ndarray:
+        """Logits, float32 [n, n_labels]."""
         batches = batches_by_tokens([len(ids) for ids in token_ids], _EVALUATION_TOKENS)
         parts = [self.logits(pad([token_ids[row] for row in rows])) for rows in batches]
         return np.concatenate(parts)[np.argsort(np.concatenate(batches))]
 
-    def _write(self, part: str, **scalars: float) -> None:
+    def _record(self, part: str, loss: Any, accuracy: Any) -> dict[str, float]:
+        """Writes a step's figures for TensorBoard and gives them."""
+        names = ("loss", "accuracy", "learn_rate")
+        figures = dict(zip(names, map(float, (loss, accuracy, self.rate))))
+        if not np.isfinite(loss):
+            words = "lower max_learn_rate or use float32"
+            raise TrainingError(f"the loss is {figures['loss']}; {words}")
         with self.writers[part].as_default(step=self.step):
-            for name, value in scalars.items():
+            for name, value in figures.items():
                 _tensorflow().summary.scalar(name, value)
+        return figures
 
 
 # === 9. Evaluation: evaluate_predictions, plot_confusion_matrix ===
@@ -1476,11 +1465,11 @@ class _Run:
     def encode(self, examples: Examples) -> _Rows:
         token_ids = self.tokenizer.encode(examples.texts, self.config.max_seq_len)
         number = {label: i for i, label in enumerate(self.labels)}
-        return _Rows(token_ids, np.fromiter(map(number.get, examples.labels), np.int32))
+        return [*zip(token_ids, map(number.get, examples.labels))]
 
     def evaluate(self, trainer: _Trainer, examples: Examples) -> dict:
         """The content of metrics.json; draws the confusion matrix if there are rows."""
-        seconds, n = trainer.seconds, self.config.n_epochs * trainer.n_rows
+        seconds, n = trainer.seconds, trainer.n_texts
         metrics = {"accuracy": None, "macro_f1": None, "validation": trainer.history}
         metrics |= {"train_texts_per_s": n / seconds, "train_seconds": seconds}
         if examples.texts:
