@@ -1329,86 +1329,72 @@ _MANIFEST_TYPES = {"do_lower_case": bool, "labels": list, "files": dict, "format
 _MANIFEST_TYPES |= {"max_seq_len": int, "model_type": str, "trained_at": str}
 
 
+# The model in ONNX's own notation: x is [B, L, H], for [CLS] alone [B, 1, H].
+_ONNX_GRAPH = """
+<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>
+bertflask (int64[batch, length] ids) => (float[batch, {n_labels}] logits)
+<int64[1] first = {{0}}> {{
+  token = Cast <to = 6> (ids)  # to int32
+  mask = Sign (token)  # [B, L], 0 pads
+  segment = Gather ("embeddings/token_type_embeddings/embeddings", first)
+  place = Add ("embeddings/position_embeddings/embeddings", segment)
+  embedded, unused = com.microsoft.EmbedLayerNormalization <epsilon = {layer_norm_eps}>
+    (token, , "embeddings/word_embeddings/embeddings", place, ,
+    "embeddings/LayerNorm/gamma", "embeddings/LayerNorm/beta")
+  {projection}
+  {layers}
+  cls = Flatten (x{num_hidden_layers})
+  dense = Gemm (cls, "pooler/dense/kernel", "pooler/dense/bias")
+  pooled = Tanh (dense)
+  logits = Gemm (pooled, "classifier/kernel", "classifier/bias")
+}}"""
+_ONNX_PROJECTION = """
+  wider = MatMul (embedded, "embeddings/word_embeddings_projector/projector")
+  x0 = Add (wider, "embeddings/word_embeddings_projector/bias")"""
+_ONNX_LAYER = """
+  rows{i} = {rows}
+  q{i} = MatMul (rows{i}, "{layer}/attention/self/query/kernel")
+  k{i} = MatMul (x{i}, "{layer}/attention/self/key/kernel")
+  v{i} = MatMul (x{i}, "{layer}/attention/self/value/kernel")
+  bias{i} = Concat <axis = 0> ("{layer}/attention/self/query/bias",
+    "{layer}/attention/self/key/bias", "{layer}/attention/self/value/bias")
+  mixed{i} = com.microsoft.MultiHeadAttention <num_heads = {num_attention_heads}>
+    (q{i}, k{i}, v{i}, bias{i}, mask)
+  found{i} = MatMul (mixed{i}, "{layer}/attention/output/dense/kernel")
+  y{i} = com.microsoft.SkipLayerNormalization <epsilon = {layer_norm_eps}>
+    (found{i}, rows{i}, "{layer}/attention/output/LayerNorm/gamma",
+    "{layer}/attention/output/LayerNorm/beta", "{layer}/attention/output/dense/bias")
+  wide{i} = MatMul (y{i}, "{layer}/intermediate/kernel")
+  active{i} = com.microsoft.{gelu} (wide{i}, "{layer}/intermediate/bias")
+  narrow{i} = MatMul (active{i}, "{layer}/output/dense/kernel")
+  x{next_i} = com.microsoft.SkipLayerNormalization <epsilon = {layer_norm_eps}>
+    (narrow{i}, y{i}, "{layer}/output/LayerNorm/gamma",
+    "{layer}/output/LayerNorm/beta", "{layer}/output/dense/bias")
+"""
+
+
 def onnx_model(config: dict, weights: dict[str, np.ndarray]) -> bytes:
-    """The ONNX graph from `ids` int64 [batch, length] to `logits`, built node by node.
+    """The ONNX graph from `ids` int64 [batch, length] to `logits`.
 
     `weights` are `Model.weights()`; one that several layers share is stored once.
     """
-    from onnx import TensorProto, helper, numpy_helper
+    from onnx import numpy_helper, parser
 
-    graph, value = _Graph(config, dict(weights)), helper.make_tensor_value_info
-    graph.op("Flatten", graph.logits("ids"))
-    graph.nodes[-1].output[:] = ["logits"]
-    ids = value("ids", TensorProto.INT64, ["batch", "length"])
-    size = ["batch", len(weights["classifier/bias"])]
-    logits = value("logits", TensorProto.FLOAT, size)
-    used = {x for node in graph.nodes for x in node.input} & graph.variables.keys()
-    arrays = [numpy_helper.from_array(graph.variables[x], x) for x in sorted(used)]
-    parts = helper.make_graph(graph.nodes, "bertflask", [ids], [logits], arrays)
-    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(parts, opset_imports=opsets, ir_version=8)
+    is_bert, n_layers = config["model_type"] == "bert", config["num_hidden_layers"]
+    gelu = "FastGelu" if config["hidden_act"] == "gelu" else "BiasGelu"
+    projection = "x0 = Identity (embedded)" if is_bert else _ONNX_PROJECTION
+    layers, n_labels = "", len(weights["classifier/bias"])
+    for i in range(n_layers):
+        names = {"i": i, "next_i": i + 1, "gelu": gelu, "rows": f"Identity (x{i})"}
+        if i == n_layers - 1:
+            names["rows"] = f"Gather <axis = 1> (x{i}, first)"
+        names["layer"] = f"encoder/layer_{i if is_bert else 'shared'}"
+        layers += _ONNX_LAYER.format_map(config | names)
+    parts = {"layers": layers, "projection": projection, "n_labels": n_labels}
+    model = parser.parse_model(_ONNX_GRAPH.format_map(config | parts))
+    arrays = [numpy_helper.from_array(weights[name], name) for name in sorted(weights)]
+    model.graph.initializer.extend(arrays)
     return model.SerializeToString(deterministic=True)
-
-
-@dataclass(eq=False)
-class _Graph(Model):
-    """The same model, whose tensors are names in an ONNX graph; [CLS] is [B, 1, H]."""
-
-    nodes: list = dataclasses.field(default_factory=list)
-
-    def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
-        from onnx import helper
-
-        output = f"{kind}_{len(self.nodes)}"
-        self.nodes.append(helper.make_node(kind, inputs, [output], **attributes))
-        return output
-
-    fused = functools.partialmethod(op, domain="com.microsoft")
-    _tanh = functools.partialmethod(op, "Tanh")
-    _float32 = staticmethod(str)  # every name stands for float32 as it is
-
-    def array(self, name: str, value: Any) -> str:
-        self.variables[name] = np.asarray(value)
-        return name
-
-    def _dense(self, x: str, name: str, kernel: str = "kernel") -> str:
-        return self.op("Add", self.op("MatMul", x, f"{name}/{kernel}"), f"{name}/bias")
-
-    def _embed(self, token_ids: str) -> tuple[str, str]:
-        int32, eps = 6, self.config["layer_norm_eps"]
-        ids = self.op("Cast", token_ids, to=int32)
-        word, position, segment = _EMBEDDINGS
-        # segment 0 belongs to every position, so it is added once and for all
-        table = self.variables[position] + self.variables[segment][0]
-        norm = (f"embeddings/LayerNorm/{part}" for part in ("gamma", "beta"))
-        inputs = (ids, "", word, self.array("positions", table), "", *norm)
-        x = self.fused("EmbedLayerNormalization", *inputs, epsilon=eps)
-        self.nodes[-1].output.append("unused")  # a second one that it must have
-        if self.config["model_type"] == "albert":
-            x = self._dense(x, "embeddings/word_embeddings_projector", "projector")
-        return x, self.op("Sign", ids)  # the mask [B, L], 0: padding
-
-    def _cls(self, x: str, mask: str) -> str:
-        return self.op("Gather", x, self.array("first", [0]), axis=1)
-
-    def _attention(self, name: str, x: str, context: str, mask: str) -> str:
-        parts = [f"{name}/{part}" for part in ("query", "key", "value")]
-        pairs = zip((x, context, context), parts)
-        inputs = [self.op("MatMul", rows, f"{part}/kernel") for rows, part in pairs]
-        bias = np.concatenate([self.variables[f"{part}/bias"] for part in parts])
-        heads = {"num_heads": self.config["num_attention_heads"]}
-        inputs += [self.array(f"{name}/bias", bias), mask]
-        return self.fused("MultiHeadAttention", *inputs, **heads)
-
-    def _add_norm(self, x: str, y: str, name: str) -> str:
-        y = self.op("MatMul", y, f"{name}/dense/kernel")
-        rest = ("LayerNorm/gamma", "LayerNorm/beta", "dense/bias")
-        inputs, eps = [f"{name}/{part}" for part in rest], self.config["layer_norm_eps"]
-        return self.fused("SkipLayerNormalization", y, x, *inputs, epsilon=eps)
-
-    def _activation(self, x: str, name: str) -> str:
-        kind = "FastGelu" if self.config["hidden_act"] == "gelu" else "BiasGelu"
-        return self.fused(kind, self.op("MatMul", x, f"{name}/kernel"), f"{name}/bias")
 
 
 def train(config: TrainConfig, data: Data = None, test: Data = None) -> Path:
