@@ -1412,14 +1412,28 @@ def train(config: TrainConfig, data: Data = None, test: Data = None) -> Path:
     else:
         held_out = load_examples(test, *columns)
     run = _Run(config, check_labels(rest))
-    trainer = _Trainer(run.config, run.model, run.make_dir())
     parts = split_examples(rest, config.validation_size, config.seed)
-    trainer.fit(*map(run.encode, parts))
-    run.write(rest, run.evaluate(trainer, held_out))
+    run.trainer.fit(*map(run.encode, parts))
+    run.write(rest, run.evaluate(held_out))
     return run.publish()
 
 
+def _make_run_dir(config: TrainConfig) -> Path:
+    """Makes `trained/<UTC>_<model name>.unfinished`, for this process alone."""
+    path, trained_dir = Path(config.model_name), Path(config.models_dir, "trained")
+    name = path.resolve().name if path.exists() else str(path).replace("/", "--")
+    while True:
+        stamp = time.strftime("%Y%m%d%H%M%S", time.gmtime())
+        run_dir = trained_dir / f"{stamp}_{name}.unfinished"
+        with contextlib.suppress(FileExistsError):
+            run_dir.mkdir(parents=True)
+            return run_dir
+        time.sleep(0.2)  # the second is taken by another run
+
+
 class _Run:
+    """A training's model, tokenizer and labels, and the folder that they go into."""
+
     def __init__(self, config: TrainConfig, labels: list[str]) -> None:
         checkpoint_dir = fetch_pretrained(config.model_name, config.models_dir)
         self.config, self.labels = config, labels
@@ -1432,32 +1446,20 @@ class _Run:
             raise TrainingError(f"lower max_seq_len: the model has {most} positions")
         if n > (most := sizes["vocab_size"]):
             raise PretrainedError(f"{checkpoint_dir}: {n} pieces, take its own {most}")
-
-    def make_dir(self) -> Path:
-        """Makes `trained/<UTC>_<model name>.unfinished`, for this process alone."""
-        path, models_dir = Path(self.config.model_name), self.config.models_dir
-        name = path.resolve().name if path.exists() else str(path).replace("/", "--")
-        while True:
-            self.trained_at = time.gmtime()
-            stamp = time.strftime("%Y%m%d%H%M%S", self.trained_at)
-            self.final_dir = Path(models_dir, "trained", f"{stamp}_{name}")
-            self.run_dir = Path(f"{self.final_dir}.unfinished")
-            with contextlib.suppress(FileExistsError):
-                if not self.final_dir.exists():
-                    self.run_dir.mkdir(parents=True)
-                    return self.run_dir
-            time.sleep(0.2)  # the second is taken by another run
+        self.run_dir = _make_run_dir(config)
+        self.trainer = _Trainer(config, self.model, self.run_dir)
 
     def encode(self, examples: Examples) -> _Rows:
         token_ids = self.tokenizer.encode(examples.texts, self.config.max_seq_len)
         number = {label: i for i, label in enumerate(self.labels)}
         return [*zip(token_ids, map(number.get, examples.labels))]
 
-    def evaluate(self, trainer: _Trainer, examples: Examples) -> dict:
+    def evaluate(self, examples: Examples) -> dict:
         """The content of metrics.json; draws the confusion matrix if there are rows."""
-        seconds, n = trainer.seconds, trainer.n_texts
+        trainer = self.trainer
         metrics = {"accuracy": None, "macro_f1": None, "validation": trainer.history}
-        metrics |= {"train_texts_per_s": n / seconds, "train_seconds": seconds}
+        metrics["train_texts_per_s"] = trainer.n_texts / trainer.seconds
+        metrics["train_seconds"] = trainer.seconds
         if examples.texts:
             token_ids = self.tokenizer.encode(examples.texts, self.config.max_seq_len)
             predicted = [self.labels[i] for i in trainer.predict(token_ids).argmax(-1)]
@@ -1472,18 +1474,16 @@ class _Run:
 
         run_dir, weights, config = self.run_dir, self.model.weights(), self.model.config
         model_type = config["model_type"]
-        vocab_name = _VOCAB_NAMES[model_type]
-        shutil.copyfile(self.tokenizer.vocab_path, run_dir / vocab_name)
+        files = ("model.onnx", "golden.json", _VOCAB_NAMES[model_type])
+        shutil.copyfile(self.tokenizer.vocab_path, run_dir / files[-1])
         (run_dir / "model.onnx").write_bytes(onnx_model(config, weights))
         with h5py.File(run_dir / "model.weights.h5", "w") as file:
-            for name, array in weights.items():
-                file[name] = array
+            file.update(weights)
         _write_json(run_dir / "golden.json", self.golden_rows())
         _write_json(run_dir / "metrics.json", metrics)
         _write_json(run_dir / f"{model_type}_config.json", config)
         manifest = self.manifest(examples, metrics)
         _open_model(run_dir, manifest, self.tokenizer, _EXPORT_TOLERANCE)
-        files = ("model.onnx", vocab_name, "golden.json")
         manifest["files"] = {name: _digest(run_dir / name) for name in files}
         _write_json(run_dir / "config.json", manifest)
         (run_dir / "README.md").write_text(_MODEL_CARD.format_map(manifest), "utf-8")
@@ -1491,13 +1491,14 @@ class _Run:
     def manifest(self, examples: Examples, metrics: dict) -> dict:
         rows = json.dumps([examples.texts, examples.labels]).encode()
         digest = hashlib.sha256(rows).hexdigest()
+        made = time.strptime(self.run_dir.name[:14], "%Y%m%d%H%M%S")
         return {
             "format": FORMAT,
             **dataclasses.asdict(self.config),
             "model_type": self.model.config["model_type"],
             "do_lower_case": self.tokenizer.do_lower_case,
             "labels": self.labels,
-            "trained_at": time.strftime("%Y-%m-%d %H:%M:%S", self.trained_at),
+            "trained_at": time.strftime("%Y-%m-%d %H:%M:%S", made),
             "metrics": {key: metrics[key] for key in ("accuracy", "macro_f1")},
             "data": {"n": len(examples.texts), "sha256": digest},
             "versions": {name: version(name) for name in _PACKAGES.split()},
@@ -1515,12 +1516,12 @@ class _Run:
 
     def publish(self) -> Path:
         """Gives the complete run its final name, then makes it the latest."""
-        os.rename(self.run_dir, self.final_dir)
-        latest = {"model_dir": f"trained/{self.final_dir.name}"}
+        final_dir = self.run_dir.rename(self.run_dir.with_suffix(""))
+        latest = {"model_dir": f"trained/{final_dir.name}"}
         latest["model_type"] = self.model.config["model_type"]
         latest["max_seq_len"] = self.config.max_seq_len
         _write_json(Path(self.config.models_dir, LATEST), latest)
-        return self.final_dir
+        return final_dir
 
 
 _MODEL_CARD = """# Text classifier on {model_name}

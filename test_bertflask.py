@@ -2593,15 +2593,9 @@ def test_a_run_that_fails_leaves_the_last_model_serving(
     assert finished == [run_dir.name]
 
 
-def new_run(config):
-    run = bertflask._Run.__new__(bertflask._Run)
-    run.config = config
-    return run
-
-
 def test_two_runs_in_the_same_second_get_folders_of_their_own(tmp_path):
     config = TrainConfig(model_name="owner/name", models_dir=str(tmp_path))
-    first, second = (new_run(config).make_dir() for _ in range(2))
+    first, second = (bertflask._make_run_dir(config) for _ in range(2))
     assert first != second and first.is_dir() and second.is_dir()
     assert first.name.endswith("_owner--name.unfinished")
 
