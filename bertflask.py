@@ -1171,11 +1171,11 @@ def _adam_w(slots: dict, gradients: list, step: Any, learn_rate: Any) -> None:
         )  # fmt: skip
 
 
-def _loss_and_accuracy(logits: Any, label_ids: Any) -> tuple[Any, Any]:
+def _loss_and_accuracy(logits: Any, label_ids: Any) -> dict[str, Any]:
     tf = _tensorflow()
     losses = tf.nn.sparse_softmax_cross_entropy_with_logits(label_ids, logits)
-    right = tf.argmax(logits, -1, tf.int32) == label_ids
-    return tf.reduce_mean(losses), tf.reduce_mean(tf.cast(right, tf.float32))
+    right = tf.cast(tf.argmax(logits, -1, tf.int32) == label_ids, tf.float32)
+    return {"loss": tf.reduce_mean(losses), "accuracy": tf.reduce_mean(right)}
 
 
 class _Trainer:
@@ -1194,21 +1194,26 @@ class _Trainer:
         self.logits = compiled(model.logits, [ids])
         writer, parts = tf.summary.create_file_writer, ("train", "validation")
         self.writers = {part: writer(str(log_dir / part)) for part in parts}
-        self.step, self.rate, self.n_texts, self.seconds = 0, 0.0, 0, 0.0
+        self.step, self.rate, self.seconds = 0, 0.0, 0.0
         self.history: list[dict] = []  # of the validation, one entry an epoch
         self.best_weights: dict[str, np.ndarray] = {}
 
-    def fit(self, train: _Rows, validation: _Rows) -> None:
-        """Trains for all epochs; without validation rows the last epoch is kept."""
+    def fit(self, train: _Rows, validation: _Rows) -> dict:
+        """Trains for all epochs and gives its figures.
+
+        Without validation rows the last epoch is kept.
+        """
         for epoch in range(1, self.config.n_epochs + 1):
             began = time.perf_counter()
             self._epoch(epoch, train)
             self.seconds += time.perf_counter() - began
-            self.n_texts += len(train)
             if validation:
                 self._validate(epoch, validation)
         for name, array in self.best_weights.items():
             self.model.variables[name].assign(array)
+        speed = self.config.n_epochs * len(train) / self.seconds
+        figures = {"train_texts_per_s": speed, "train_seconds": self.seconds}
+        return figures | {"validation": self.history}
 
     def _epoch(self, epoch: int, rows: _Rows) -> None:
         from tqdm import tqdm
@@ -1222,7 +1227,7 @@ class _Trainer:
             token_ids, label_ids = zip(*(rows[i] for i in batch))
             self.rate = learn_rate(self.step, *limits)
             tensors = (pad(token_ids), np.array(label_ids), self.step, self.rate)
-            bar.set_postfix(self._record("train", *self.train_step(*tensors)))
+            bar.set_postfix(self._record("train", self.train_step(*tensors)))
             self.step += 1
 
     def _train_step(self, token_ids: Any, label_ids: Any, step: Any, rate: Any) -> Any:
@@ -1231,7 +1236,7 @@ class _Trainer:
         with tf.GradientTape() as tape:
             noisy = dataclasses.replace(model, seed=tf.stack([self.config.seed, step]))
             figures = _loss_and_accuracy(noisy.logits(token_ids), label_ids)
-        gradients = tape.gradient(figures[0], [*model.variables.values()], scale)
+        gradients = tape.gradient(figures["loss"], [*model.variables.values()], scale)
         gradients = [tf.convert_to_tensor(gradient) / scale for gradient in gradients]
         gradients, norm = tf.clip_by_global_norm(gradients, CLIP_NORM)
         # A step that overflowed is left out, and the loss scaled down.
@@ -1244,7 +1249,7 @@ class _Trainer:
     def _validate(self, epoch: int, rows: _Rows) -> None:
         token_ids, label_ids = zip(*rows)
         figures = _loss_and_accuracy(self.predict(token_ids), label_ids)
-        entry = {"epoch": epoch} | self._record("validation", *figures)
+        entry = {"epoch": epoch} | self._record("validation", figures)
         words = "epoch %(epoch)d: validation loss %(loss).4f, accuracy %(accuracy).4f"
         log.info(words, entry)
         if all(entry["loss"] < other["loss"] for other in self.history):
@@ -1257,13 +1262,11 @@ class _Trainer:
         parts = [self.logits(pad([token_ids[row] for row in rows])) for rows in batches]
         return np.concatenate(parts)[np.argsort(np.concatenate(batches))]
 
-    def _record(self, part: str, loss: Any, accuracy: Any) -> dict[str, float]:
+    def _record(self, part: str, figures: dict[str, Any]) -> dict[str, float]:
         """Writes a step's figures for TensorBoard and gives them."""
-        names = ("loss", "accuracy", "learn_rate")
-        figures = dict(zip(names, map(float, (loss, accuracy, self.rate))))
-        if not np.isfinite(loss):
-            words = "lower max_learn_rate or use float32"
-            raise TrainingError(f"the loss is {figures['loss']}; {words}")
+        figures = {k: float(v) for k, v in figures.items()} | {"learn_rate": self.rate}
+        if not np.isfinite(loss := figures["loss"]):
+            raise TrainingError(f"loss is {loss}; lower max_learn_rate or use float32")
         with self.writers[part].as_default(step=self.step):
             for name, value in figures.items():
                 _tensorflow().summary.scalar(name, value)
@@ -1315,7 +1318,10 @@ def plot_confusion_matrix(
 Data = str | Path | Examples | None  # a file, a built-in source's name or the rows
 FORMAT = 1  # of config.json
 LATEST = "latest_model_config.json"
-_VOCAB_NAMES = {"bert": "vocab.txt", "albert": "30k-clean.model"}
+_SERVED_FILES = {  # what serving reads, by model type
+    "bert": ("model.onnx", "golden.json", "vocab.txt"),
+    "albert": ("model.onnx", "golden.json", "30k-clean.model"),
+}
 _EXPORT_TOLERANCE, _LOAD_TOLERANCE = 1e-4, 1e-3  # of logits
 # Not rows of the training data, which may be private.
 _GOLDEN_TEXTS = (
@@ -1401,8 +1407,7 @@ def train(config: TrainConfig, data: Data = None, test: Data = None) -> Path:
     """The folder of the finished run, which is the latest model from then on.
 
     Without `data` it takes the Stack Overflow posts, without `test` a part of `data`.
-    Raises DataError, PretrainedError, DownloadError, TrainingError, ArtifactError; then
-    the last good model stays the latest.
+    Raises a BertFlaskError of any kind; then the last good model stays the latest.
     """
     config = _resolve(config)
     columns = (config.text_column, config.label_column, config.models_dir)
@@ -1413,9 +1418,8 @@ def train(config: TrainConfig, data: Data = None, test: Data = None) -> Path:
         held_out = load_examples(test, *columns)
     run = _Run(config, check_labels(rest))
     parts = split_examples(rest, config.validation_size, config.seed)
-    run.trainer.fit(*map(run.encode, parts))
-    run.write(rest, run.evaluate(held_out))
-    return run.publish()
+    metrics = run.trainer.fit(*map(run.encode, parts)) | run.evaluate(held_out)
+    return run.publish(run.write(rest, metrics))
 
 
 def _make_run_dir(config: TrainConfig) -> Path:
@@ -1455,26 +1459,22 @@ class _Run:
         return [*zip(token_ids, map(number.get, examples.labels))]
 
     def evaluate(self, examples: Examples) -> dict:
-        """The content of metrics.json; draws the confusion matrix if there are rows."""
-        trainer = self.trainer
-        metrics = {"accuracy": None, "macro_f1": None, "validation": trainer.history}
-        metrics["train_texts_per_s"] = trainer.n_texts / trainer.seconds
-        metrics["train_seconds"] = trainer.seconds
-        if examples.texts:
-            token_ids = self.tokenizer.encode(examples.texts, self.config.max_seq_len)
-            predicted = [self.labels[i] for i in trainer.predict(token_ids).argmax(-1)]
-            metrics |= evaluate_predictions(examples.labels, predicted)
-            path = self.run_dir / "confusion_matrix.png"
-            plot_confusion_matrix(examples.labels, predicted, path)
-        return metrics
+        """Metrics on rows that were held out, and a drawing of the confusion matrix."""
+        if not examples.texts:
+            return {"accuracy": None, "macro_f1": None}
+        token_ids = self.tokenizer.encode(examples.texts, self.config.max_seq_len)
+        best = self.trainer.predict(token_ids).argmax(-1)
+        pair = (examples.labels, [self.labels[i] for i in best])
+        plot_confusion_matrix(*pair, self.run_dir / "confusion_matrix.png")
+        return evaluate_predictions(*pair)
 
-    def write(self, examples: Examples, metrics: dict) -> None:
-        """Writes the rest; raises ArtifactError if the export is not exact."""
+    def write(self, examples: Examples, metrics: dict) -> dict:
+        """Writes all files and gives the manifest; ArtifactError on a bad export."""
         import h5py
 
         run_dir, weights, config = self.run_dir, self.model.weights(), self.model.config
         model_type = config["model_type"]
-        files = ("model.onnx", "golden.json", _VOCAB_NAMES[model_type])
+        files = _SERVED_FILES[model_type]
         shutil.copyfile(self.tokenizer.vocab_path, run_dir / files[-1])
         (run_dir / "model.onnx").write_bytes(onnx_model(config, weights))
         with h5py.File(run_dir / "model.weights.h5", "w") as file:
@@ -1487,10 +1487,10 @@ class _Run:
         manifest["files"] = {name: _digest(run_dir / name) for name in files}
         _write_json(run_dir / "config.json", manifest)
         (run_dir / "README.md").write_text(_MODEL_CARD.format_map(manifest), "utf-8")
+        return manifest
 
     def manifest(self, examples: Examples, metrics: dict) -> dict:
-        rows = json.dumps([examples.texts, examples.labels]).encode()
-        digest = hashlib.sha256(rows).hexdigest()
+        digest = hashlib.sha256(json.dumps([examples.texts, examples.labels]).encode())
         made = time.strptime(self.run_dir.name[:14], "%Y%m%d%H%M%S")
         return {
             "format": FORMAT,
@@ -1500,7 +1500,7 @@ class _Run:
             "labels": self.labels,
             "trained_at": time.strftime("%Y-%m-%d %H:%M:%S", made),
             "metrics": {key: metrics[key] for key in ("accuracy", "macro_f1")},
-            "data": {"n": len(examples.texts), "sha256": digest},
+            "data": {"n": len(examples.texts), "sha256": digest.hexdigest()},
             "versions": {name: version(name) for name in _PACKAGES.split()},
             "bertflask": __version__,
         }
@@ -1514,12 +1514,11 @@ class _Run:
         rows = zip(_GOLDEN_TEXTS, (ids.tolist() for ids in token_ids), logits.tolist())
         return [dict(zip(("text", "token_ids", "logits"), row)) for row in rows]
 
-    def publish(self) -> Path:
+    def publish(self, manifest: dict) -> Path:
         """Gives the complete run its final name, then makes it the latest."""
         final_dir = self.run_dir.rename(self.run_dir.with_suffix(""))
-        latest = {"model_dir": f"trained/{final_dir.name}"}
-        latest["model_type"] = self.model.config["model_type"]
-        latest["max_seq_len"] = self.config.max_seq_len
+        latest = {key: manifest[key] for key in ("model_type", "max_seq_len")}
+        latest["model_dir"] = f"trained/{final_dir.name}"
         _write_json(Path(self.config.models_dir, LATEST), latest)
         return final_dir
 
@@ -1595,13 +1594,11 @@ def _load_manifest(run_dir: Path) -> dict:
         raise ArtifactError(f"{place}: format {found}, this bertflask reads {FORMAT}")
     if {*map(type, config["labels"])} != {str} or not 3 <= size <= 2**16:
         raise ArtifactError(f"{place}: labels are no texts, or max_seq_len cannot be")
-    needed = ("model.onnx", "golden.json", _VOCAB_NAMES.get(config["model_type"], "?"))
-    for name, digest in (dict.fromkeys(needed) | config["files"]).items():
+    for name in _SERVED_FILES.get(config["model_type"], "?"):
         path = run_dir / name
-        # only plain names: nothing outside the run's own folder is read
-        if Path(name).name != name or path.is_symlink() or not path.is_file():
+        if path.is_symlink() or not path.is_file():  # a link may lead elsewhere
             raise ArtifactError(f"{place}: {name!r} is not a file of this run")
-        if _digest(path) != digest:
+        if _digest(path) != config["files"].get(name):
             raise ArtifactError(f"{place}: sha256 of {name} is another; train anew")
     return config
 
