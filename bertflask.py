@@ -1127,8 +1127,7 @@ class TrainConfig:
 def _resolve(config: TrainConfig) -> TrainConfig:
     """`config` with numbers: as given, else recommended for the model, else default."""
     row = PRETRAINED.get(Path(config.model_name).name)  # of a folder, too
-    recommended = row.recommended if row else {}
-    values = dataclasses.asdict(config)
+    values, recommended = dataclasses.asdict(config), row.recommended if row else {}
     for field in dataclasses.fields(config):
         name, (low, high) = field.name, field.metadata["within"] or (None, None)
         if (value := values[name]) is None and low is not None:
@@ -1155,10 +1154,7 @@ def _choose_gpu(gpu: str | None) -> None:
 
 
 def _adam_w(slots: dict, gradients: list, step: Any, learn_rate: Any) -> None:
-    """AdamW (Loshchilov & Hutter 2019), bias-corrected; steps count from 0.
-
-    `slots` has, by name, each variable with the two running moments of its gradient.
-    """
+    """AdamW (Loshchilov & Hutter 2019), bias-corrected; steps count from 0."""
     tf, beta_1, beta_2 = _tensorflow(), 0.9, 0.999
     n = tf.cast(step + 1, tf.float32)
     for (name, (variable, m, v)), gradient in zip(slots.items(), gradients):
@@ -1183,10 +1179,9 @@ class _Trainer:
 
     def __init__(self, config: TrainConfig, model: Model, log_dir: Path) -> None:
         tf, self.config, self.model = _tensorflow(), config, model
-        pairs = model.variables.items()
+        pairs = model.variables.items()  # and below with both moments for AdamW
         self.slots = {k: [v, tf.Variable(0 * v), tf.Variable(0 * v)] for k, v in pairs}
-        half = model.precision == "float16"  # whose small gradients would be zero
-        scale, self.growth = (2.0**15, 1.0005) if half else (1.0, 1.0)
+        scale = 2.0**15 if model.precision == "float16" else 1.0
         self.scale = tf.Variable(scale, trainable=False)  # of the loss
         ids, *rest = (tf.TensorSpec(s, tf.int32) for s in ((None, None), (None,), ()))
         compiled = functools.partial(tf.function, autograph=False)
@@ -1199,10 +1194,7 @@ class _Trainer:
         self.best_weights: dict[str, np.ndarray] = {}
 
     def fit(self, train: _Rows, validation: _Rows) -> dict:
-        """Trains for all epochs and gives its figures.
-
-        Without validation rows the last epoch is kept.
-        """
+        """Trains and gives its figures; without validation the last epoch is kept."""
         for epoch in range(1, self.config.n_epochs + 1):
             began = time.perf_counter()
             self._epoch(epoch, train)
@@ -1239,11 +1231,13 @@ class _Trainer:
         gradients = tape.gradient(figures["loss"], [*model.variables.values()], scale)
         gradients = [tf.convert_to_tensor(gradient) / scale for gradient in gradients]
         gradients, norm = tf.clip_by_global_norm(gradients, CLIP_NORM)
-        # A step that overflowed is left out, and the loss scaled down.
-        fine = tf.math.is_finite(norm)
-        update = functools.partial(_adam_w, self.slots, gradients, step, rate)
-        tf.cond(fine, update, lambda: None)
-        scale.assign(tf.where(fine, scale * self.growth, scale / 2))
+        if model.precision == "float16":
+            # a step that overflowed is left out, and the loss scaled down
+            fine = tf.math.is_finite(norm)
+            gradients = [tf.where(fine, gradient, 0.0) for gradient in gradients]
+            scale.assign(tf.where(fine, tf.minimum(scale * 1.0005, 2.0**24), scale / 2))
+            rate = tf.where(fine, rate, 0.0)
+        _adam_w(self.slots, gradients, step, rate)
         return figures
 
     def _validate(self, epoch: int, rows: _Rows) -> None:
@@ -1318,10 +1312,8 @@ def plot_confusion_matrix(
 Data = str | Path | Examples | None  # a file, a built-in source's name or the rows
 FORMAT = 1  # of config.json
 LATEST = "latest_model_config.json"
-_SERVED_FILES = {  # what serving reads, by model type
-    "bert": ("model.onnx", "golden.json", "vocab.txt"),
-    "albert": ("model.onnx", "golden.json", "30k-clean.model"),
-}
+_VOCAB_NAMES = {"bert": "vocab.txt", "albert": "30k-clean.model"}
+_SERVED_FILES = ("model.onnx", "golden.json")  # and the vocabulary
 _EXPORT_TOLERANCE, _LOAD_TOLERANCE = 1e-4, 1e-3  # of logits
 # Not rows of the training data, which may be private.
 _GOLDEN_TEXTS = (
@@ -1380,10 +1372,7 @@ _ONNX_LAYER = """
 
 
 def onnx_model(config: dict, weights: dict[str, np.ndarray]) -> bytes:
-    """The ONNX graph from `ids` int64 [batch, length] to `logits`.
-
-    `weights` are `Model.weights()`; one that several layers share is stored once.
-    """
+    """The ONNX graph from `ids` int64 [batch, length] to `logits`, with its weights."""
     from onnx import numpy_helper, parser
 
     is_bert, n_layers = config["model_type"] == "bert", config["num_hidden_layers"]
@@ -1412,10 +1401,9 @@ def train(config: TrainConfig, data: Data = None, test: Data = None) -> Path:
     config = _resolve(config)
     columns = (config.text_column, config.label_column, config.models_dir)
     rest = load_examples("stackoverflow" if data is None else data, *columns)
-    if test is None:
+    held_out = None if test is None else load_examples(test, *columns)
+    if held_out is None:
         rest, held_out = split_examples(rest, config.test_size, config.seed)
-    else:
-        held_out = load_examples(test, *columns)
     run = _Run(config, check_labels(rest))
     parts = split_examples(rest, config.validation_size, config.seed)
     metrics = run.trainer.fit(*map(run.encode, parts)) | run.evaluate(held_out)
@@ -1474,7 +1462,7 @@ class _Run:
 
         run_dir, weights, config = self.run_dir, self.model.weights(), self.model.config
         model_type = config["model_type"]
-        files = _SERVED_FILES[model_type]
+        files = (*_SERVED_FILES, _VOCAB_NAMES[model_type])
         shutil.copyfile(self.tokenizer.vocab_path, run_dir / files[-1])
         (run_dir / "model.onnx").write_bytes(onnx_model(config, weights))
         with h5py.File(run_dir / "model.weights.h5", "w") as file:
@@ -1557,8 +1545,8 @@ def _open_model(run_dir: Path, config: dict, tokenizer: Tokenizer, limit: float)
     options = SessionOptions()
     if config["model_type"] == "albert":  # or each layer packs the same weights anew
         options.add_session_config_entry("session.disable_prepacking", "1")
-    wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
-    providers = [p for p in wanted if p in get_available_providers()]
+    # in the order of their speed, without those that compile for minutes
+    providers = [x for x in get_available_providers() if x.startswith(("CUDA", "CPU"))]
     words = f"{run_dir}: model.onnx or golden.json is no use, train again"
     with _raising(ArtifactError, words):
         session = InferenceSession(run_dir / "model.onnx", options, providers)
@@ -1566,9 +1554,9 @@ def _open_model(run_dir: Path, config: dict, tokenizer: Tokenizer, limit: float)
         ids = tokenizer.encode([row["text"] for row in rows], config["max_seq_len"])
         if [row.tolist() for row in ids] != [row["token_ids"] for row in rows]:
             raise ValueError("the tokenizer gives other token ids than golden.json")
-        pairs = (session.run(None, {"ids": pad(ids)})[0], [x["logits"] for x in rows])
         shape = (len(rows), len(config["labels"]))
-        found, golden = (np.reshape(x, shape) for x in pairs)
+        golden = np.reshape([row["logits"] for row in rows], shape)
+        found = np.reshape(session.run(None, {"ids": pad(ids)})[0], shape)
         off = np.abs(found - golden).max()
         if not off <= limit or (found.argmax(-1) != golden.argmax(-1)).any():  # or NaN
             raise ValueError(f"{off:.2g} off the logits or another best label")
@@ -1594,7 +1582,7 @@ def _load_manifest(run_dir: Path) -> dict:
         raise ArtifactError(f"{place}: format {found}, this bertflask reads {FORMAT}")
     if {*map(type, config["labels"])} != {str} or not 3 <= size <= 2**16:
         raise ArtifactError(f"{place}: labels are no texts, or max_seq_len cannot be")
-    for name in _SERVED_FILES.get(config["model_type"], "?"):
+    for name in (*_SERVED_FILES, _VOCAB_NAMES.get(config["model_type"], "?")):
         path = run_dir / name
         if path.is_symlink() or not path.is_file():  # a link may lead elsewhere
             raise ArtifactError(f"{place}: {name!r} is not a file of this run")
