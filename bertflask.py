@@ -1179,10 +1179,9 @@ class _Trainer:
 
     def __init__(self, config: TrainConfig, model: Model, log_dir: Path) -> None:
         tf, self.config, self.model = _tensorflow(), config, model
-        pairs = model.variables.items()  # and below with both moments for AdamW
+        pairs = model.variables.items()  # to which AdamW adds two moments each
         self.slots = {k: [v, tf.Variable(0 * v), tf.Variable(0 * v)] for k, v in pairs}
-        scale = 2.0**15 if model.precision == "float16" else 1.0
-        self.scale = tf.Variable(scale, trainable=False)  # of the loss
+        self.scale = tf.Variable(2.0**15 if model.precision == "float16" else 1.0)
         ids, *rest = (tf.TensorSpec(s, tf.int32) for s in ((None, None), (None,), ()))
         compiled = functools.partial(tf.function, autograph=False)
         self.train_step = compiled(self._train_step, [ids, *rest, tf.TensorSpec(())])
@@ -1547,8 +1546,7 @@ def _open_model(run_dir: Path, config: dict, tokenizer: Tokenizer, limit: float)
         options.add_session_config_entry("session.disable_prepacking", "1")
     # in the order of their speed, without those that compile for minutes
     providers = [x for x in get_available_providers() if x.startswith(("CUDA", "CPU"))]
-    words = f"{run_dir}: model.onnx or golden.json is no use, train again"
-    with _raising(ArtifactError, words):
+    with _raising(ArtifactError, f"{run_dir}: bad model.onnx or golden.json; retrain"):
         session = InferenceSession(run_dir / "model.onnx", options, providers)
         rows = json.loads((run_dir / "golden.json").read_bytes())
         ids = tokenizer.encode([row["text"] for row in rows], config["max_seq_len"])
