@@ -50,7 +50,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import click
 import numpy as np
@@ -1009,6 +1009,7 @@ CLIP_NORM = 1.0
 _EVALUATION_TOKENS = 8192  # in a batch without gradients, padding included
 _SCHEDULES = ("exponential", "constant")
 _PRECISIONS = ("float32", "bfloat16", "float16")
+_Rows = list[tuple[np.ndarray, int]]  # token ids and label id of each text
 
 
 def _field(help: str, default: Any, else_: Any = None, within=(), **choices) -> Any:
@@ -1042,8 +1043,7 @@ class TrainConfig:
 def _resolve(config: TrainConfig) -> TrainConfig:
     """`config` with numbers: as given, else recommended for the model, else default."""
     row = PRETRAINED.get(Path(config.model_name).name)  # of a folder, too
-    recommended = row.recommended if row else {}
-    values = dataclasses.asdict(config)
+    values, recommended = dataclasses.asdict(config), row.recommended if row else {}
     for field in dataclasses.fields(config):
         name, (low, high) = field.name, field.metadata["within"] or (None, None)
         if (value := values[name]) is None and low is not None:
@@ -1069,57 +1069,25 @@ def _choose_gpu(gpu: str | None) -> None:
         tf.config.experimental.set_memory_growth(chosen, True)
 
 
-def _adam_w(variables: dict) -> Callable:
+def _adam_w(slots: dict, gradients: list, step: Any, learn_rate: Any) -> None:
     """AdamW (Loshchilov & Hutter 2019), bias-corrected; steps count from 0."""
     tf, beta_1, beta_2 = _tensorflow(), 0.9, 0.999
-    moments = {k: [tf.Variable(0 * v) for _ in "mv"] for k, v in variables.items()}
-
-    def apply(gradients: dict, step: Any, learn_rate: Any) -> None:
-        n = tf.cast(step + 1, tf.float32)
-        for name, variable in variables.items():
-            m, v = moments[name]
-            if not name.endswith(("bias", "gamma", "beta")):
-                variable.assign_sub(learn_rate * WEIGHT_DECAY * variable)
-            tf.raw_ops.ResourceApplyAdam(
-                var=variable.handle, m=m.handle, v=v.handle,
-                beta1_power=beta_1**n, beta2_power=beta_2**n, lr=learn_rate,
-                beta1=beta_1, beta2=beta_2, epsilon=1e-6, grad=gradients[name],
-            )  # fmt: skip
-
-    return apply
+    n = tf.cast(step + 1, tf.float32)
+    for (name, (variable, m, v)), gradient in zip(slots.items(), gradients):
+        if not name.endswith(("bias", "gamma", "beta")):
+            variable.assign_sub(learn_rate * WEIGHT_DECAY * variable)
+        tf.raw_ops.ResourceApplyAdam(
+            var=variable.handle, m=m.handle, v=v.handle,
+            beta1_power=beta_1**n, beta2_power=beta_2**n, lr=learn_rate,
+            beta1=beta_1, beta2=beta_2, epsilon=1e-6, grad=gradient,
+        )  # fmt: skip
 
 
-def _train_step(model: Model, seed: int) -> Callable:
-    """A function that does one optimizer step: one trace for all batch shapes."""
-    tf, update = _tensorflow(), _adam_w(model.variables)
-    half = model.precision == "float16"
-    scale = tf.Variable(2.0**15 if half else 1.0, trainable=False)
-
-    def train_step(token_ids: Any, label_ids: Any, step: Any, learn_rate: Any) -> Any:
-        with tf.GradientTape() as tape:
-            noisy = dataclasses.replace(model, seed=tf.stack([seed, step]))
-            logits = noisy.logits(token_ids)
-            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(label_ids, logits)
-            loss = tf.reduce_mean(losses)
-        gradients = tape.gradient(loss, list(model.variables.values()), scale)
-        gradients = [tf.convert_to_tensor(gradient) / scale for gradient in gradients]
-        gradients, norm = tf.clip_by_global_norm(gradients, CLIP_NORM)
-        if half:  # a step that overflowed is left out, and the loss scaled down
-            fine = tf.math.is_finite(norm)
-            gradients = [tf.where(fine, gradient, 0.0) for gradient in gradients]
-            scale.assign(tf.where(fine, tf.minimum(scale * 1.0005, 2.0**24), scale / 2))
-            learn_rate = tf.where(fine, learn_rate, 0.0)
-        update(dict(zip(model.variables, gradients)), step, learn_rate)
-        right = tf.argmax(logits, -1, tf.int32) == label_ids
-        return loss, tf.reduce_mean(tf.cast(right, tf.float32))
-
-    signature = [tf.TensorSpec(s, tf.int32) for s in ((None, None), (None,), ())]
-    return tf.function(train_step, [*signature, tf.TensorSpec(())], autograph=False)
-
-
-class _Rows(NamedTuple):
-    token_ids: list[np.ndarray]
-    label_ids: np.ndarray
+def _loss_and_accuracy(logits: Any, label_ids: Any) -> dict[str, Any]:
+    tf = _tensorflow()
+    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(label_ids, logits)
+    right = tf.cast(tf.argmax(logits, -1, tf.int32) == label_ids, tf.float32)
+    return {"loss": tf.reduce_mean(losses), "accuracy": tf.reduce_mean(right)}
 
 
 class _Trainer:
@@ -1127,74 +1095,91 @@ class _Trainer:
 
     def __init__(self, config: TrainConfig, model: Model, log_dir: Path) -> None:
         tf, self.config, self.model = _tensorflow(), config, model
-        self.train_step = _train_step(model, config.seed)
-        ids = tf.TensorSpec((None, None), tf.int32)
-        self.logits = tf.function(model.logits, [ids], autograph=False)
+        pairs = model.variables.items()  # to which AdamW adds two moments each
+        self.slots = {k: [v, tf.Variable(0 * v), tf.Variable(0 * v)] for k, v in pairs}
+        self.scale = tf.Variable(2.0**15 if model.precision == "float16" else 1.0)
+        ids, *rest = (tf.TensorSpec(s, tf.int32) for s in ((None, None), (None,), ()))
+        compiled = functools.partial(tf.function, autograph=False)
+        self.train_step = compiled(self._train_step, [ids, *rest, tf.TensorSpec(())])
+        self.logits = compiled(model.logits, [ids])
         writer, parts = tf.summary.create_file_writer, ("train", "validation")
         self.writers = {part: writer(str(log_dir / part)) for part in parts}
-        self.step, self.seconds, self.n_rows = 0, 0.0, 0
+        self.step, self.rate, self.seconds = 0, 0.0, 0.0
         self.history: list[dict] = []  # of the validation, one entry an epoch
-        self.best_loss, self.best_weights = float("inf"), model.weights()
+        self.best_weights: dict[str, np.ndarray] = {}
 
-    def fit(self, train: _Rows, validation: _Rows) -> None:
-        """Trains for all epochs; without validation rows the last epoch is kept."""
-        self.n_rows = len(train.token_ids)
+    def fit(self, train: _Rows, validation: _Rows) -> dict:
+        """Trains and gives its figures; without validation the last epoch is kept."""
         for epoch in range(1, self.config.n_epochs + 1):
             began = time.perf_counter()
             self._epoch(epoch, train)
             self.seconds += time.perf_counter() - began
-            if validation.token_ids:
+            if validation:
                 self._validate(epoch, validation)
-        if validation.token_ids:
-            for name, variable in self.model.variables.items():
-                variable.assign(self.best_weights[name])
+        for name, array in self.best_weights.items():
+            self.model.variables[name].assign(array)
+        speed = self.config.n_epochs * len(train) / self.seconds
+        figures = {"train_texts_per_s": speed, "train_seconds": self.seconds}
+        return figures | {"validation": self.history}
 
     def _epoch(self, epoch: int, rows: _Rows) -> None:
         from tqdm import tqdm
 
-        rng = np.random.default_rng([self.config.seed, epoch - 1])
-        lengths, size = [len(ids) for ids in rows.token_ids], self.config.batch_size
-        name = f"epoch {epoch}/{self.config.n_epochs}"
-        for batch in (bar := tqdm(batches_by_length(lengths, size, rng), name)):
-            token_ids = pad([rows.token_ids[row] for row in batch])
-            label_ids, rate = rows.label_ids[batch], self._learn_rate()
-            figures = self.train_step(token_ids, label_ids, self.step, rate)
-            loss, accuracy = map(float, figures)
-            if not np.isfinite(loss):
-                raise TrainingError(
-                    f"the loss is {loss}; lower max_learn_rate or use float32"
-                )
-            self._write("train", loss=loss, accuracy=accuracy, learn_rate=rate)
-            self.step += 1
-            bar.set_postfix(loss=loss, accuracy=accuracy)
-
-    def _learn_rate(self) -> float:
-        config, high = self.config, self.config.max_learn_rate
+        config, rng = self.config, np.random.default_rng([self.config.seed, epoch - 1])
+        batches = batches_by_length([len(x) for x, _ in rows], config.batch_size, rng)
+        n_steps, high = config.n_epochs * len(batches), config.max_learn_rate
         low = high if config.schedule == "constant" else config.min_learn_rate
-        n_steps = config.n_epochs * -(-self.n_rows // config.batch_size)
-        return learn_rate(self.step, n_steps, high, low, config.warmup_proportion)
+        limits = (n_steps, high, low, config.warmup_proportion)
+        for batch in (bar := tqdm(batches, f"epoch {epoch}/{config.n_epochs}")):
+            token_ids, label_ids = zip(*(rows[i] for i in batch))
+            self.rate = learn_rate(self.step, *limits)
+            tensors = (pad(token_ids), np.array(label_ids), self.step, self.rate)
+            bar.set_postfix(self._record("train", self.train_step(*tensors)))
+            self.step += 1
+
+    def _train_step(self, token_ids: Any, label_ids: Any, step: Any, rate: Any) -> Any:
+        """One optimizer step; one trace of it serves all batch shapes."""
+        tf, model, scale = _tensorflow(), self.model, self.scale
+        with tf.GradientTape() as tape:
+            noisy = dataclasses.replace(model, seed=tf.stack([self.config.seed, step]))
+            figures = _loss_and_accuracy(noisy.logits(token_ids), label_ids)
+        gradients = tape.gradient(figures["loss"], [*model.variables.values()], scale)
+        gradients = [tf.convert_to_tensor(gradient) / scale for gradient in gradients]
+        gradients, norm = tf.clip_by_global_norm(gradients, CLIP_NORM)
+        if model.precision == "float16":
+            # a step that overflowed is left out, and the loss scaled down
+            fine = tf.math.is_finite(norm)
+            gradients = [tf.where(fine, gradient, 0.0) for gradient in gradients]
+            scale.assign(tf.where(fine, tf.minimum(scale * 1.0005, 2.0**24), scale / 2))
+            rate = tf.where(fine, rate, 0.0)
+        _adam_w(self.slots, gradients, step, rate)
+        return figures
 
     def _validate(self, epoch: int, rows: _Rows) -> None:
-        logits, ids = self.predict(rows.token_ids).astype(float), rows.label_ids
-        chosen = logits[np.arange(len(ids)), ids]
-        loss = float(np.mean(np.logaddexp.reduce(logits, -1) - chosen))
-        accuracy = float(np.mean(logits.argmax(-1) == ids))
-        log.info("epoch %d: validation loss %.4f, accuracy %.4f", epoch, loss, accuracy)
-        scalars = {"loss": loss, "accuracy": accuracy, "learn_rate": self._learn_rate()}
-        self._write("validation", **scalars)
-        self.history.append({"epoch": epoch, **scalars})
-        if loss < self.best_loss:
-            self.best_loss, self.best_weights = loss, self.model.weights()
+        token_ids, label_ids = zip(*rows)
+        figures = _loss_and_accuracy(self.predict(token_ids), label_ids)
+        entry = {"epoch": epoch} | self._record("validation", figures)
+        words = "epoch %(epoch)d: validation loss %(loss).4f, accuracy %(accuracy).4f"
+        log.info(words, entry)
+        if all(entry["loss"] < other["loss"] for other in self.history):
+            self.best_weights = self.model.weights()
+        self.history.append(entry)
 
-    def predict(self, token_ids: list[np.ndarray]) -> np.ndarray:
+    def predict(self, token_ids: Sequence[np.ndarray]) -> np.ndarray:
+        """Logits, float32 [n, n_labels]."""
         batches = batches_by_tokens([len(ids) for ids in token_ids], _EVALUATION_TOKENS)
         parts = [self.logits(pad([token_ids[row] for row in rows])) for rows in batches]
         return np.concatenate(parts)[np.argsort(np.concatenate(batches))]
 
-    def _write(self, part: str, **scalars: float) -> None:
+    def _record(self, part: str, figures: dict[str, Any]) -> dict[str, float]:
+        """Writes a step's figures for TensorBoard and gives them."""
+        figures = {k: float(v) for k, v in figures.items()} | {"learn_rate": self.rate}
+        if not np.isfinite(loss := figures["loss"]):
+            raise TrainingError(f"loss is {loss}; lower max_learn_rate or use float32")
         with self.writers[part].as_default(step=self.step):
-            for name, value in scalars.items():
+            for name, value in figures.items():
                 _tensorflow().summary.scalar(name, value)
+        return figures
 
 
 # === 9. Evaluation: evaluate_predictions, plot_confusion_matrix ===
@@ -1240,6 +1225,7 @@ Data = str | Path | Examples | None  # a file, a built-in source's name or the r
 FORMAT = 1  # of config.json
 LATEST = "latest_model_config.json"
 _VOCAB_NAMES = {"bert": "vocab.txt", "albert": "30k-clean.model"}
+_SERVED_FILES = ("model.onnx", "golden.json")  # and the vocabulary
 _EXPORT_TOLERANCE, _LOAD_TOLERANCE = 1e-4, 1e-3  # of logits
 # Not rows of the training data, which may be private.
 _GOLDEN_TEXTS = (
@@ -1253,120 +1239,105 @@ _MANIFEST_TYPES = {"do_lower_case": bool, "labels": list, "files": dict, "format
 _MANIFEST_TYPES |= {"max_seq_len": int, "model_type": str, "trained_at": str}
 
 
+# The model in ONNX's own notation: x is [B, L, H], for [CLS] alone [B, 1, H].
+_ONNX_GRAPH = """
+<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>
+bertflask (int64[batch, length] ids) => (float[batch, {n_labels}] logits)
+<int64[1] first = {{0}}> {{
+  token = Cast <to = 6> (ids)  # to int32
+  mask = Sign (token)  # [B, L], 0 pads
+  segment = Gather ("embeddings/token_type_embeddings/embeddings", first)
+  place = Add ("embeddings/position_embeddings/embeddings", segment)
+  embedded, unused = com.microsoft.EmbedLayerNormalization <epsilon = {layer_norm_eps}>
+    (token, , "embeddings/word_embeddings/embeddings", place, ,
+    "embeddings/LayerNorm/gamma", "embeddings/LayerNorm/beta")
+  {projection}
+  {layers}
+  cls = Flatten (x{num_hidden_layers})
+  dense = Gemm (cls, "pooler/dense/kernel", "pooler/dense/bias")
+  pooled = Tanh (dense)
+  logits = Gemm (pooled, "classifier/kernel", "classifier/bias")
+}}"""
+_ONNX_PROJECTION = """
+  wider = MatMul (embedded, "embeddings/word_embeddings_projector/projector")
+  x0 = Add (wider, "embeddings/word_embeddings_projector/bias")"""
+_ONNX_LAYER = """
+  rows{i} = {rows}
+  q{i} = MatMul (rows{i}, "{layer}/attention/self/query/kernel")
+  k{i} = MatMul (x{i}, "{layer}/attention/self/key/kernel")
+  v{i} = MatMul (x{i}, "{layer}/attention/self/value/kernel")
+  bias{i} = Concat <axis = 0> ("{layer}/attention/self/query/bias",
+    "{layer}/attention/self/key/bias", "{layer}/attention/self/value/bias")
+  mixed{i} = com.microsoft.MultiHeadAttention <num_heads = {num_attention_heads}>
+    (q{i}, k{i}, v{i}, bias{i}, mask)
+  found{i} = MatMul (mixed{i}, "{layer}/attention/output/dense/kernel")
+  y{i} = com.microsoft.SkipLayerNormalization <epsilon = {layer_norm_eps}>
+    (found{i}, rows{i}, "{layer}/attention/output/LayerNorm/gamma",
+    "{layer}/attention/output/LayerNorm/beta", "{layer}/attention/output/dense/bias")
+  wide{i} = MatMul (y{i}, "{layer}/intermediate/kernel")
+  active{i} = com.microsoft.{gelu} (wide{i}, "{layer}/intermediate/bias")
+  narrow{i} = MatMul (active{i}, "{layer}/output/dense/kernel")
+  x{next_i} = com.microsoft.SkipLayerNormalization <epsilon = {layer_norm_eps}>
+    (narrow{i}, y{i}, "{layer}/output/LayerNorm/gamma",
+    "{layer}/output/LayerNorm/beta", "{layer}/output/dense/bias")
+"""
+
+
 def onnx_model(config: dict, weights: dict[str, np.ndarray]) -> bytes:
-    """The ONNX graph from `ids` int64 [batch, length] to `logits`, built node by node.
+    """The ONNX graph from `ids` int64 [batch, length] to `logits`, with its weights."""
+    from onnx import numpy_helper, parser
 
-    `weights` are `Model.weights()`; one that several layers share is stored once.
-    """
-    from onnx import TensorProto, helper, numpy_helper
-
-    graph, value = _Graph(config, dict(weights)), helper.make_tensor_value_info
-    graph.op("Squeeze", graph.logits("ids"), "axis")
-    graph.nodes[-1].output[:] = ["logits"]
-    ids = value("ids", TensorProto.INT64, ["batch", "length"])
-    size = ["batch", len(weights["classifier/bias"])]
-    logits = value("logits", TensorProto.FLOAT, size)
-    used = {x for node in graph.nodes for x in node.input} & graph.variables.keys()
-    arrays = [numpy_helper.from_array(graph.variables[x], x) for x in sorted(used)]
-    parts = helper.make_graph(graph.nodes, "bertflask", [ids], [logits], arrays)
-    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(parts, opset_imports=opsets, ir_version=8)
+    is_bert, n_layers = config["model_type"] == "bert", config["num_hidden_layers"]
+    gelu = "FastGelu" if config["hidden_act"] == "gelu" else "BiasGelu"
+    projection = "x0 = Identity (embedded)" if is_bert else _ONNX_PROJECTION
+    layers, n_labels = "", len(weights["classifier/bias"])
+    for i in range(n_layers):
+        names = {"i": i, "next_i": i + 1, "gelu": gelu, "rows": f"Identity (x{i})"}
+        if i == n_layers - 1:
+            names["rows"] = f"Gather <axis = 1> (x{i}, first)"
+        names["layer"] = f"encoder/layer_{i if is_bert else 'shared'}"
+        layers += _ONNX_LAYER.format_map(config | names)
+    parts = {"layers": layers, "projection": projection, "n_labels": n_labels}
+    model = parser.parse_model(_ONNX_GRAPH.format_map(config | parts))
+    arrays = [numpy_helper.from_array(weights[name], name) for name in sorted(weights)]
+    model.graph.initializer.extend(arrays)
     return model.SerializeToString(deterministic=True)
-
-
-@dataclass(eq=False)
-class _Graph(Model):
-    """The same model, whose tensors are names in an ONNX graph; [CLS] is [B, 1, H]."""
-
-    nodes: list = dataclasses.field(default_factory=list)
-
-    def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
-        from onnx import helper
-
-        outputs = [f"{kind}_{len(self.nodes)}"]
-        if kind == "EmbedLayerNormalization":
-            outputs.append("unused")  # a second output that it must have
-        self.nodes.append(helper.make_node(kind, inputs, outputs, **attributes))
-        return outputs[0]
-
-    fused = functools.partialmethod(op, domain="com.microsoft")
-    _tanh = functools.partialmethod(op, "Tanh")
-    _float32 = staticmethod(str)  # every name stands for float32 as it is
-
-    def array(self, name: str, value: Any) -> str:
-        self.variables[name] = np.asarray(value)
-        return name
-
-    def joined(self, names: list[str]) -> str:
-        arrays = [self.variables[name] for name in names]
-        return self.array("+".join(names), np.concatenate(arrays, -1))
-
-    def _dense(self, x: str, name: str, kernel: str = "kernel") -> str:
-        return self.op("Add", self.op("MatMul", x, f"{name}/{kernel}"), f"{name}/bias")
-
-    def _embed(self, token_ids: str) -> tuple[str, str]:
-        int32, eps = 6, self.config["layer_norm_eps"]
-        mask = self.op("Equal", token_ids, self.array("zero", np.int64(0)))
-        mask = self.op("Cast", self.op("Not", mask), to=int32)  # [B, L], 1: a token
-        word, position, segment = _EMBEDDINGS
-        # segment 0 belongs to every position, so it is added once and for all
-        table = self.variables[position] + self.variables[segment][0]
-        norm = (f"embeddings/LayerNorm/{part}" for part in ("gamma", "beta"))
-        ids = self.op("Cast", token_ids, to=int32)
-        inputs = (ids, "", word, self.array("positions", table), "", *norm)
-        x = self.fused("EmbedLayerNormalization", *inputs, epsilon=eps)
-        if self.config["model_type"] == "albert":
-            x = self._dense(x, "embeddings/word_embeddings_projector", "projector")
-        return x, mask
-
-    def _cls(self, x: str, mask: str) -> str:
-        bounds = (("starts", 0), ("ends", 1), ("axis", 1))
-        return self.op("Slice", x, *(self.array(key, [i]) for key, i in bounds))
-
-    def _attention(self, name: str, x: str, context: str, mask: str) -> str:
-        parts = [f"{name}/{part}" for part in ("query", "key", "value")]
-        kernels, bias = [f"{p}/kernel" for p in parts], [f"{p}/bias" for p in parts]
-        kind, inputs = "Attention", [x, self.joined(kernels)]
-        if x != context:
-            rows = zip((x, context, context), kernels)
-            kind, inputs = "MultiHeadAttention", [self.op("MatMul", *r) for r in rows]
-        heads = {"num_heads": self.config["num_attention_heads"]}
-        return self.fused(kind, *inputs, self.joined(bias), mask, **heads)
-
-    def _add_norm(self, x: str, y: str, name: str) -> str:
-        y = self.op("MatMul", y, f"{name}/dense/kernel")
-        rest = ("LayerNorm/gamma", "LayerNorm/beta", "dense/bias")
-        inputs, eps = [f"{name}/{part}" for part in rest], self.config["layer_norm_eps"]
-        return self.fused("SkipLayerNormalization", y, x, *inputs, epsilon=eps)
-
-    def _activation(self, x: str, name: str) -> str:
-        kind = "FastGelu" if self.config["hidden_act"] == "gelu" else "BiasGelu"
-        return self.fused(kind, self.op("MatMul", x, f"{name}/kernel"), f"{name}/bias")
 
 
 def train(config: TrainConfig, data: Data = None, test: Data = None) -> Path:
     """The folder of the finished run, which is the latest model from then on.
 
     Without `data` it takes the Stack Overflow posts, without `test` a part of `data`.
-    Raises DataError, PretrainedError, DownloadError, TrainingError, ArtifactError; then
-    the last good model stays the latest.
+    Raises a BertFlaskError of any kind; then the last good model stays the latest.
     """
     config = _resolve(config)
     columns = (config.text_column, config.label_column, config.models_dir)
     rest = load_examples("stackoverflow" if data is None else data, *columns)
-    if test is None:
+    held_out = None if test is None else load_examples(test, *columns)
+    if held_out is None:
         rest, held_out = split_examples(rest, config.test_size, config.seed)
-    else:
-        held_out = load_examples(test, *columns)
     run = _Run(config, check_labels(rest))
-    trainer = _Trainer(run.config, run.model, run.make_dir())
     parts = split_examples(rest, config.validation_size, config.seed)
-    trainer.fit(*map(run.encode, parts))
-    run.write(rest, run.evaluate(trainer, held_out))
-    return run.publish()
+    metrics = run.trainer.fit(*map(run.encode, parts)) | run.evaluate(held_out)
+    return run.publish(run.write(rest, metrics))
+
+
+def _make_run_dir(config: TrainConfig) -> Path:
+    """Makes `trained/<UTC>_<model name>.unfinished`, for this process alone."""
+    path, trained_dir = Path(config.model_name), Path(config.models_dir, "trained")
+    name = path.resolve().name if path.exists() else str(path).replace("/", "--")
+    while True:
+        stamp = time.strftime("%Y%m%d%H%M%S", time.gmtime())
+        run_dir = trained_dir / f"{stamp}_{name}.unfinished"
+        with contextlib.suppress(FileExistsError):
+            run_dir.mkdir(parents=True)
+            return run_dir
+        time.sleep(0.2)  # the second is taken by another run
 
 
 class _Run:
+    """A training's model, tokenizer and labels, and the folder that they go into."""
+
     def __init__(self, config: TrainConfig, labels: list[str]) -> None:
         checkpoint_dir = fetch_pretrained(config.model_name, config.models_dir)
         self.config, self.labels = config, labels
@@ -1379,74 +1350,57 @@ class _Run:
             raise TrainingError(f"lower max_seq_len: the model has {most} positions")
         if n > (most := sizes["vocab_size"]):
             raise PretrainedError(f"{checkpoint_dir}: {n} pieces, take its own {most}")
-
-    def make_dir(self) -> Path:
-        """Makes `trained/<UTC>_<model name>.unfinished`, for this process alone."""
-        path, models_dir = Path(self.config.model_name), self.config.models_dir
-        name = path.resolve().name if path.exists() else str(path).replace("/", "--")
-        while True:
-            self.trained_at = time.gmtime()
-            stamp = time.strftime("%Y%m%d%H%M%S", self.trained_at)
-            self.final_dir = Path(models_dir, "trained", f"{stamp}_{name}")
-            self.run_dir = Path(f"{self.final_dir}.unfinished")
-            with contextlib.suppress(FileExistsError):
-                if not self.final_dir.exists():
-                    self.run_dir.mkdir(parents=True)
-                    return self.run_dir
-            time.sleep(0.2)  # the second is taken by another run
+        self.run_dir = _make_run_dir(config)
+        self.trainer = _Trainer(config, self.model, self.run_dir)
 
     def encode(self, examples: Examples) -> _Rows:
         token_ids = self.tokenizer.encode(examples.texts, self.config.max_seq_len)
         number = {label: i for i, label in enumerate(self.labels)}
-        return _Rows(token_ids, np.fromiter(map(number.get, examples.labels), np.int32))
+        return [*zip(token_ids, map(number.get, examples.labels))]
 
-    def evaluate(self, trainer: _Trainer, examples: Examples) -> dict:
-        """The content of metrics.json; draws the confusion matrix if there are rows."""
-        seconds, n = trainer.seconds, self.config.n_epochs * trainer.n_rows
-        metrics = {"accuracy": None, "macro_f1": None, "validation": trainer.history}
-        metrics |= {"train_texts_per_s": n / seconds, "train_seconds": seconds}
-        if examples.texts:
-            token_ids = self.tokenizer.encode(examples.texts, self.config.max_seq_len)
-            predicted = [self.labels[i] for i in trainer.predict(token_ids).argmax(-1)]
-            metrics |= evaluate_predictions(examples.labels, predicted)
-            path = self.run_dir / "confusion_matrix.png"
-            plot_confusion_matrix(examples.labels, predicted, path)
-        return metrics
+    def evaluate(self, examples: Examples) -> dict:
+        """Metrics on rows that were held out, and a drawing of the confusion matrix."""
+        if not examples.texts:
+            return {"accuracy": None, "macro_f1": None}
+        token_ids = self.tokenizer.encode(examples.texts, self.config.max_seq_len)
+        best = self.trainer.predict(token_ids).argmax(-1)
+        pair = (examples.labels, [self.labels[i] for i in best])
+        plot_confusion_matrix(*pair, self.run_dir / "confusion_matrix.png")
+        return evaluate_predictions(*pair)
 
-    def write(self, examples: Examples, metrics: dict) -> None:
-        """Writes the rest; raises ArtifactError if the export is not exact."""
+    def write(self, examples: Examples, metrics: dict) -> dict:
+        """Writes all files and gives the manifest; ArtifactError on a bad export."""
         import h5py
 
         run_dir, weights, config = self.run_dir, self.model.weights(), self.model.config
         model_type = config["model_type"]
-        vocab_name = _VOCAB_NAMES[model_type]
-        shutil.copyfile(self.tokenizer.vocab_path, run_dir / vocab_name)
+        files = (*_SERVED_FILES, _VOCAB_NAMES[model_type])
+        shutil.copyfile(self.tokenizer.vocab_path, run_dir / files[-1])
         (run_dir / "model.onnx").write_bytes(onnx_model(config, weights))
         with h5py.File(run_dir / "model.weights.h5", "w") as file:
-            for name, array in weights.items():
-                file[name] = array
+            file.update(weights)
         _write_json(run_dir / "golden.json", self.golden_rows())
         _write_json(run_dir / "metrics.json", metrics)
         _write_json(run_dir / f"{model_type}_config.json", config)
         manifest = self.manifest(examples, metrics)
         _open_model(run_dir, manifest, self.tokenizer, _EXPORT_TOLERANCE)
-        files = ("model.onnx", vocab_name, "golden.json")
         manifest["files"] = {name: _digest(run_dir / name) for name in files}
         _write_json(run_dir / "config.json", manifest)
         (run_dir / "README.md").write_text(_MODEL_CARD.format_map(manifest), "utf-8")
+        return manifest
 
     def manifest(self, examples: Examples, metrics: dict) -> dict:
-        rows = json.dumps([examples.texts, examples.labels]).encode()
-        digest = hashlib.sha256(rows).hexdigest()
+        digest = hashlib.sha256(json.dumps([examples.texts, examples.labels]).encode())
+        made = time.strptime(self.run_dir.name[:14], "%Y%m%d%H%M%S")
         return {
             "format": FORMAT,
             **dataclasses.asdict(self.config),
             "model_type": self.model.config["model_type"],
             "do_lower_case": self.tokenizer.do_lower_case,
             "labels": self.labels,
-            "trained_at": time.strftime("%Y-%m-%d %H:%M:%S", self.trained_at),
+            "trained_at": time.strftime("%Y-%m-%d %H:%M:%S", made),
             "metrics": {key: metrics[key] for key in ("accuracy", "macro_f1")},
-            "data": {"n": len(examples.texts), "sha256": digest},
+            "data": {"n": len(examples.texts), "sha256": digest.hexdigest()},
             "versions": {name: version(name) for name in _PACKAGES.split()},
             "bertflask": __version__,
         }
@@ -1460,14 +1414,13 @@ class _Run:
         rows = zip(_GOLDEN_TEXTS, (ids.tolist() for ids in token_ids), logits.tolist())
         return [dict(zip(("text", "token_ids", "logits"), row)) for row in rows]
 
-    def publish(self) -> Path:
+    def publish(self, manifest: dict) -> Path:
         """Gives the complete run its final name, then makes it the latest."""
-        os.rename(self.run_dir, self.final_dir)
-        latest = {"model_dir": f"trained/{self.final_dir.name}"}
-        latest["model_type"] = self.model.config["model_type"]
-        latest["max_seq_len"] = self.config.max_seq_len
+        final_dir = self.run_dir.rename(self.run_dir.with_suffix(""))
+        latest = {key: manifest[key] for key in ("model_type", "max_seq_len")}
+        latest["model_dir"] = f"trained/{final_dir.name}"
         _write_json(Path(self.config.models_dir, LATEST), latest)
-        return self.final_dir
+        return final_dir
 
 
 _MODEL_CARD = """# Text classifier on {model_name}
@@ -1504,18 +1457,17 @@ def _open_model(run_dir: Path, config: dict, tokenizer: Tokenizer, limit: float)
     options = SessionOptions()
     if config["model_type"] == "albert":  # or each layer packs the same weights anew
         options.add_session_config_entry("session.disable_prepacking", "1")
-    wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
-    providers = [p for p in wanted if p in get_available_providers()]
-    words = f"{run_dir}: model.onnx or golden.json is no use, train again"
-    with _raising(ArtifactError, words):
+    # in the order of their speed, without those that compile for minutes
+    providers = [x for x in get_available_providers() if x.startswith(("CUDA", "CPU"))]
+    with _raising(ArtifactError, f"{run_dir}: bad model.onnx or golden.json; retrain"):
         session = InferenceSession(run_dir / "model.onnx", options, providers)
         rows = json.loads((run_dir / "golden.json").read_bytes())
         ids = tokenizer.encode([row["text"] for row in rows], config["max_seq_len"])
         if [row.tolist() for row in ids] != [row["token_ids"] for row in rows]:
             raise ValueError("the tokenizer gives other token ids than golden.json")
-        pairs = (session.run(None, {"ids": pad(ids)})[0], [x["logits"] for x in rows])
         shape = (len(rows), len(config["labels"]))
-        found, golden = (np.reshape(x, shape) for x in pairs)
+        golden = np.reshape([row["logits"] for row in rows], shape)
+        found = np.reshape(session.run(None, {"ids": pad(ids)})[0], shape)
         off = np.abs(found - golden).max()
         if not off <= limit or (found.argmax(-1) != golden.argmax(-1)).any():  # or NaN
             raise ValueError(f"{off:.2g} off the logits or another best label")
@@ -1541,13 +1493,11 @@ def _load_manifest(run_dir: Path) -> dict:
         raise ArtifactError(f"{place}: format {found}, this bertflask reads {FORMAT}")
     if {*map(type, config["labels"])} != {str} or not 3 <= size <= 2**16:
         raise ArtifactError(f"{place}: labels are no texts, or max_seq_len cannot be")
-    needed = ("model.onnx", "golden.json", _VOCAB_NAMES.get(config["model_type"], "?"))
-    for name, digest in (dict.fromkeys(needed) | config["files"]).items():
+    for name in (*_SERVED_FILES, _VOCAB_NAMES.get(config["model_type"], "?")):
         path = run_dir / name
-        # only plain names: nothing outside the run's own folder is read
-        if Path(name).name != name or path.is_symlink() or not path.is_file():
+        if path.is_symlink() or not path.is_file():  # a link may lead elsewhere
             raise ArtifactError(f"{place}: {name!r} is not a file of this run")
-        if _digest(path) != digest:
+        if _digest(path) != config["files"].get(name):
             raise ArtifactError(f"{place}: sha256 of {name} is another; train anew")
     return config
 

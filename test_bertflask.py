@@ -2125,13 +2125,16 @@ def test_adamw_equals_the_one_of_keras():
     keras = tf_keras.optimizers.AdamW(0.1, 0.01, epsilon=1e-6, jit_compile=False)
     keras.exclude_from_weight_decay(var_names=["bias"])
     keras.build(list(theirs.values()))
-    optimizer, rng = bertflask._adam_w(ours), np.random.default_rng(0)
+    slots = {k: [v, tf.Variable(0 * v), tf.Variable(0 * v)] for k, v in ours.items()}
+    rng = np.random.default_rng(0)
     for step in range(5):
         gradients = {
             name: tf.constant(rng.normal(size=value.shape), tf.float32)
             for name, value in values.items()
         }
-        optimizer(gradients, tf.constant(step), tf.constant(0.1))
+        bertflask._adam_w(
+            slots, gradients.values(), tf.constant(step), tf.constant(0.1)
+        )
         keras.apply_gradients((gradients[name], theirs[name]) for name in values)
     for name in values:
         np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5)
@@ -2150,13 +2153,18 @@ def trainer(tiny_dir, tmp_path):
 def rows_of(lengths, label_ids):
     """Rows whose label is told by their second token."""
     ids = [np.r_[2, 5 + y, np.full(n, 9), 3] for n, y in zip(lengths, label_ids)]
-    return bertflask._Rows([i.astype(np.int32) for i in ids], np.int32(label_ids))
+    return [*zip([i.astype(np.int32) for i in ids], label_ids)]
+
+
+def accuracy_of(trainer, rows):
+    token_ids, label_ids = zip(*rows)
+    return (trainer.predict(token_ids).argmax(-1) == label_ids).mean()
 
 
 def test_training_learns_what_the_texts_tell(trainer):
     rows = rows_of([1, 2, 3, 4, 5, 6, 7, 8] * 3, [0, 1, 1, 0, 1, 0, 0, 1] * 3)
     trainer.fit(rows, rows)
-    assert (trainer.predict(rows.token_ids).argmax(-1) == rows.label_ids).mean() > 0.9
+    assert accuracy_of(trainer, rows) > 0.9
 
 
 def test_one_trace_serves_all_batch_shapes(trainer):
@@ -2167,7 +2175,7 @@ def test_one_trace_serves_all_batch_shapes(trainer):
 def test_the_epoch_with_the_best_validation_loss_is_kept(trainer, monkeypatch):
     margins, kept = iter([3.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0]), []
     rows = rows_of([1, 2, 3], [0, 1, 0])
-    wrong = np.eye(2)[1 - rows.label_ids]
+    wrong = np.eye(2)[[1 - label_id for _, label_id in rows]]
     monkeypatch.setattr(trainer, "predict", lambda ids: next(margins) * wrong)
     validate = trainer._validate
 
@@ -2216,7 +2224,7 @@ def test_training_works_in_lower_precision(tiny_dir, tmp_path, precision):
     trainer = bertflask._Trainer(config, model, tmp_path)
     rows = rows_of([1, 2, 3, 4, 5, 6, 7, 8] * 3, [0, 1, 1, 0, 1, 0, 0, 1] * 3)
     trainer.fit(rows, rows)
-    assert (trainer.predict(rows.token_ids).argmax(-1) == rows.label_ids).mean() > 0.8
+    assert accuracy_of(trainer, rows) > 0.8
 
 
 @pytest.mark.parametrize(
@@ -2392,9 +2400,7 @@ def test_albert_stores_its_shared_layer_once(tiny_albert_dir):
     model = bertflask.build_model(tiny_albert_dir, 3)
     content = bertflask.onnx_model(model.config, model.weights())
     n_bytes = sum(array.nbytes for array in model.weights().values())
-    # the last layer asks with the query's weights alone: three matrices come twice
-    hidden = model.config["hidden_size"]
-    assert n_bytes < len(content) < n_bytes + 4 * 3 * hidden**2 + 12_000
+    assert n_bytes < len(content) < n_bytes + 12_000
 
 
 def test_an_albert_run_predicts_as_tensorflow_does(tiny_albert_dir, examples, tmp_path):
@@ -2583,15 +2589,9 @@ def test_a_run_that_fails_leaves_the_last_model_serving(
     assert finished == [run_dir.name]
 
 
-def new_run(config):
-    run = bertflask._Run.__new__(bertflask._Run)
-    run.config = config
-    return run
-
-
 def test_two_runs_in_the_same_second_get_folders_of_their_own(tmp_path):
     config = TrainConfig(model_name="owner/name", models_dir=str(tmp_path))
-    first, second = (new_run(config).make_dir() for _ in range(2))
+    first, second = (bertflask._make_run_dir(config) for _ in range(2))
     assert first != second and first.is_dir() and second.is_dir()
     assert first.name.endswith("_owner--name.unfinished")
 
