@@ -813,7 +813,6 @@ class Model:
     precision: str = "float32"  # of matrix products; LayerNorm, softmax are float32
     seed: Any = None  # int32 [2]: one pass with dropout, the same for the same seed
     tf = property(lambda _: _tensorflow())
-    _tanh = property(lambda self: self.tf.tanh)
 
     def weights(self) -> dict[str, np.ndarray]:
         """A copy of all variables."""
@@ -827,12 +826,13 @@ class Model:
         *names, last = (f"encoder/layer_{layer}" for layer in layers)
         for name in names:
             x = self._layer(name, x, x, mask)
-        return self._layer(last, self._cls(x, mask), x, mask)
+        cls = x[:: self.tf.shape(mask)[-1]]  # [B*L, H] -> [B, H]
+        return self._layer(last, cls, x, mask)
 
     def pooled(self, token_ids: Any) -> Any:
         """Tanh pooler on `encode_cls`, [n, hidden]."""
         x = self._dense(self.encode_cls(token_ids), "pooler/dense")
-        return self._float32(self._tanh(x))
+        return self._float32(self.tf.tanh(x))
 
     def logits(self, token_ids: Any) -> Any:
         """Unnormalised scores of the labels, [n, n_labels]."""
@@ -873,19 +873,14 @@ class Model:
             x = self._dense(x, "embeddings/word_embeddings_projector", "projector")
         return self._float32(x), mask  # x [B*L, H]
 
-    def _cls(self, x: Any, mask: Any) -> Any:  # [B*L, H] -> [B, H]
-        return x[:: self.tf.shape(mask)[-1]]
-
     def _layer(self, name: str, x: Any, context: Any, mask: Any) -> Any:
         """One layer for the rows `x`, which attend to `context` [B*L, H]."""
         y = self._attention(f"{name}/attention/self", x, context, mask)
         x = self._add_norm(x, y, f"{name}/attention/output")
-        y = self._activation(x, f"{name}/intermediate")
-        return self._add_norm(x, y, f"{name}/output")
-
-    def _activation(self, x: Any, name: str) -> Any:
         is_tanh = self.config["hidden_act"] == "gelu"
-        return self.tf.nn.gelu(self._dense(x, name), approximate=is_tanh)
+        y = self._dense(x, f"{name}/intermediate")
+        y = self.tf.nn.gelu(y, approximate=is_tanh)
+        return self._add_norm(x, y, f"{name}/output")
 
     def _add_norm(self, x: Any, y: Any, name: str) -> Any:
         y = self._float32(self._dense(y, f"{name}/dense"))
