@@ -1808,251 +1808,230 @@ class ServeConfig:
     trusted_proxies: int = _field("proxies that set X-Forwarded-For", 0)
 
 
-@dataclass
-class _Service:
-    """What the views share."""
-
-    model: Any
-    config: ServeConfig
-    metrics: Any
-    keys: list[bytes]
-    slots: threading.Semaphore  # for requests at once
-    draining: bool = False
-    reload_error: str | None = None
-
-
 def create_app(classifier: Any, **limits: Any) -> flask.Flask:
     """A Flask application on anything with `labels`, `name` and `predict`.
 
     `limits` are fields of ServeConfig. A Classifier gets a Batcher.
     """
-    from flask import Flask, request
-    from werkzeug.middleware.proxy_fix import ProxyFix
-
-    config, metrics = ServeConfig(**limits), _metrics()
-    if isinstance(model := classifier, Classifier):
-        model = Batcher(classifier, metrics, config.queue_tokens, config.cache_size)
-    slots = threading.Semaphore(max(1, config.threads - _SPARE_THREADS))
-    service = _Service(model, config, metrics, _read_keys(config.api_keys), slots)
-    app = Flask(__name__, static_folder=None)
-    app.extensions["bertflask"] = service
-    app.json.sort_keys = False
-    app.url_map.merge_slashes = False  # it redirects, with a page of HTML
-    app.wsgi_app = ProxyFix(app.wsgi_app, x_for=config.trusted_proxies, x_proto=0)
-    app.before_request(functools.partial(_start_request, service, request))
-    app.after_request(functools.partial(_log_request, service, request))
-    app.register_error_handler(
-        Exception, functools.partial(_answer_error, service, request)
-    )
-    for path, (method, view, _) in _ROUTES.items():
-        view = functools.partial(view, service, request)
-        app.add_url_rule(path, path, view, methods=[method])
-    return app
+    return _Api(classifier, ServeConfig(**limits)).app
 
 
-def _read_keys(path: str | None) -> list[bytes]:
-    given = os.environ.get("BERTFLASK_API_KEYS", "")
-    if path and not (given := Path(path).read_text("utf-8")).split():
-        raise ServerError(f"{path} has no API key: write one a line")
-    return [key.encode() for key in given.split()]
+class _Api:
+    """The views of an application and what they share."""
 
+    def __init__(self, classifier: Any, config: ServeConfig) -> None:
+        from flask import Flask, request
+        from werkzeug.middleware.proxy_fix import ProxyFix
 
-def _start_request(service: _Service, request: Any) -> None:
-    request.id, request.started = os.urandom(16).hex(), time.monotonic()
-    given = request.headers.get("Authorization", "").encode()
-    # compared with all, in a time that does not tell how near a wrong one is
-    fits = [hmac.compare_digest(b"Bearer " + key, given) for key in service.keys]
-    is_open = service.config.open_health and request.path in _OPEN_PATHS
-    if fits and not any(fits) and not is_open:
-        words = "send an API key that is known, as Authorization: Bearer KEY"
-        raise RequestError(words, 401, "unauthorized", "Authorization")
+        self.config, self.metrics, self.request = config, _metrics(), request
+        self.draining, self.reload_error, self.model = False, None, classifier
+        if isinstance(classifier, Classifier):
+            sizes = config.queue_tokens, config.cache_size
+            self.model = Batcher(classifier, self.metrics, *sizes)
+        self.slots = threading.Semaphore(max(1, config.threads - _SPARE_THREADS))
+        keys = os.environ.get("BERTFLASK_API_KEYS", "")
+        if config.api_keys and not (keys := Path(config.api_keys).read_text()).split():
+            raise ServerError(f"{config.api_keys} has no API key: write one a line")
+        keys = keys.replace(",", " ").split()
+        self.keys = [f"Bearer {key}".encode() for key in keys]
+        self.app = Flask(__name__, static_folder=None)
+        self.app.json.sort_keys = False
+        self.app.url_map.merge_slashes = False  # it redirects, with a page of HTML
+        proxied = ProxyFix(self.app.wsgi_app, config.trusted_proxies, x_proto=0)
+        self.app.wsgi_app = proxied
+        self.app.before_request(self.start)
+        self.app.after_request(self.log)
+        self.app.register_error_handler(Exception, self.answer_error)
+        self.views = {"/predict": self.predict, "/readyz": self.readyz}
+        self.views |= {"/metrics": self.show_metrics, "/openapi.json": self.openapi}
+        self.views["/health_check"] = lambda: {"status": "ok"}
+        for path, view in self.views.items():
+            methods = ["POST" if path == "/predict" else "GET"]
+            self.app.add_url_rule(path, path, view, methods=methods)
 
+    def start(self) -> None:
+        request, is_open = self.request, self.config.open_health
+        request.id, request.started = os.urandom(16).hex(), time.monotonic()
+        given = request.headers.get("Authorization", "").encode()
+        # compared with all, in a time that does not tell how near a wrong one is
+        fits = [hmac.compare_digest(key, given) for key in self.keys]
+        if fits and not any(fits) and not (is_open and request.path in _OPEN_PATHS):
+            words = "send a known API key, as Authorization: Bearer KEY"
+            raise RequestError(words, 401, "unauthorized", "Authorization")
 
-def _readyz(service: _Service, request: Any) -> dict:
-    model = service.model
-    if service.draining:
-        raise RequestError("the server is shutting down", 503, "draining")
-    if isinstance(model, Batcher) and not model.is_working():
-        raise RequestError("the thread of the model is stuck or dead", 503, "stuck")
-    return {"status": "ready", "model": model.name, "error": service.reload_error}
+    def readyz(self) -> dict:
+        if self.draining:
+            raise RequestError("the server is shutting down", 503, "draining")
+        if isinstance(self.model, Batcher) and not self.model.is_working():
+            raise RequestError("the model's thread is stuck or dead", 503, "stuck")
+        known = {"model": self.model.name, "reload_error": self.reload_error}
+        return {"status": "ready", **known}
 
+    def show_metrics(self) -> tuple[bytes, dict]:
+        import prometheus_client as prometheus
 
-def _metrics_page(service: _Service, request: Any) -> tuple[bytes, dict]:
-    from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+        self.metrics.model_info.clear()
+        self.metrics.model_info.labels(self.model.name).set(1)
+        text = prometheus.generate_latest(self.metrics.registry)
+        return text, {"Content-Type": prometheus.CONTENT_TYPE_LATEST}
 
-    service.metrics.model_info.clear()
-    service.metrics.model_info.labels(service.model.name).set(1)
-    text = generate_latest(service.metrics.registry)
-    return text, {"Content-Type": CONTENT_TYPE_LATEST}
+    def predict(self) -> dict:
+        if not self.slots.acquire(blocking=False):
+            raise RequestError("too many requests at once", 429, "queue_full")
+        try:
+            body, args = self.read_body(), ()
+            if isinstance(self.model, Batcher):
+                is_gone = self.request.environ.get("waitress.client_disconnected", bool)
+                args = self.request.started + self.allowed_s(), is_gone
+            found = self.model.predict(body.x, body.top_k or 1, *args)
+        finally:
+            self.slots.release()
+        for one in found:
+            self.metrics.predictions.labels(one.label).inc()
+            self.metrics.top_probability.observe(one.probability)
+        answer = {
+            "model": found[0].model,  # the one that answered, whatever is loaded now
+            "predictions": [one.label for one in found],
+            "probabilities": [float(one.probability) for one in found],
+            "truncated": [bool(one.truncated) for one in found],
+        }
+        return answer | ({"top_k": [one.top_k for one in found]} if body.top_k else {})
 
+    def allowed_s(self) -> float:
+        """The seconds that the request may take; its header may shorten them."""
+        limit = self.config.deadline
+        given = self.request.headers.get(_DEADLINE, f"{1000 * limit:.0f}")
+        if not re.fullmatch("[0-9]{1,15}", given):
+            words = f"{_DEADLINE} is no number of milliseconds"
+            raise RequestError(words, 422, "int_parsing", _DEADLINE)
+        return min(limit, int(given) / 1000)
 
-def _predict(service: _Service, request: Any) -> dict:
-    if not service.slots.acquire(blocking=False):
-        raise RequestError("too many requests at once", 429, "queue_full")
-    try:
-        body, options = _read_body(service, request), {}
-        if isinstance(service.model, Batcher):
-            options["deadline"] = request.started + _allowed_s(service, request)
-            options["is_gone"] = request.environ.get(
-                "waitress.client_disconnected", bool
-            )
-        found = service.model.predict(body.x, top_k=body.top_k or 1, **options)
-    finally:
-        service.slots.release()
-    for one in found:
-        service.metrics.predictions.labels(one.label).inc()
-        service.metrics.top_probability.observe(one.probability)
-    answer = {
-        "model": found[0].model,  # the one that answered, whatever is loaded now
-        "predictions": [one.label for one in found],
-        "probabilities": [float(one.probability) for one in found],
-        "truncated": [bool(one.truncated) for one in found],
-    }
-    return answer | ({"top_k": [one.top_k for one in found]} if body.top_k else {})
+    def read_body(self) -> Any:
+        """The body, checked; RequestError if it is of another shape or too large."""
+        from pydantic import ValidationError
 
+        limit, kind = self.config.max_body_bytes, self.schemas()[0]
+        try:
+            raw = self.request.stream.read(limit + 1)
+            if len(raw) <= limit:
+                # int() refuses NaN and Infinity
+                return kind.model_validate(json.loads(raw, parse_constant=int))
+        except ValidationError as error:
+            problem = error.errors(include_url=False, include_input=False)[0]
+            field, *index = problem["loc"] or (None,)
+            words = f"{field or 'the body'}{index or ''}: {problem['msg']}"  # x[1]: ...
+            raise RequestError(words, 422, problem["type"], field) from None
+        except Exception:  # ValueError, RecursionError, the server's for a bad chunk
+            words = "the body is not JSON in UTF-8"
+            raise RequestError(words, 400, "not_json") from None
+        raise RequestError(f"the body is over {limit} bytes", 413, "body_too_large")
 
-def _allowed_s(service: _Service, request: Any) -> float:
-    """The seconds that a request may take; its header may shorten them."""
-    limit = service.config.deadline
-    if (given := request.headers.get(_DEADLINE)) is None:
-        return limit
-    if not re.fullmatch("[0-9]{1,9}", given):
-        words = f"{_DEADLINE} is no number of milliseconds"
-        raise RequestError(words, 422, "int_parsing", _DEADLINE)
-    return min(limit, int(given) / 1000)
+    def schemas(self) -> tuple:
+        """pydantic models of the body and, for /openapi.json, of answer and error."""
+        return _schemas(self.config, len(self.model.labels))
 
+    def openapi(self) -> dict:
+        from pydantic.json_schema import models_json_schema
 
-def _read_body(service: _Service, request: Any) -> Any:
-    """The body, checked; RequestError if it is of another shape or too large."""
-    from pydantic import ValidationError
+        place = "#/components/schemas/{model}"
+        models = [(model, "validation") for model in self.schemas()]
+        schemas = models_json_schema(models, ref_template=place)[1]["$defs"]
+        body, answer, error = (
+            {"application/json": {"schema": {"$ref": place.format(model=name)}}}
+            for name in ("Body", "Answer", "Error")
+        )
+        error = {"description": "why not", "content": error}
+        paths: dict = {
+            path: {
+                "get": {"responses": {"200": {"description": "OK"}, "default": error}}
+            }
+            for path in self.views
+        }
+        header = {"in": "header", "name": _DEADLINE, "schema": {"type": "integer"}}
+        responses = {"200": {"description": "OK", "content": answer}, "default": error}
+        post = {
+            "parameters": [header],
+            "requestBody": {"required": True, "content": body},
+        }
+        paths["/predict"] = {"post": post | {"responses": responses}}
+        schemes = {"key": {"type": "http", "scheme": "bearer"}}
+        return {
+            "openapi": "3.1.0",
+            "info": {"title": "bertflask", "version": __version__},
+            "paths": paths,
+            "components": {"schemas": schemas, "securitySchemes": schemes},
+            "security": [{"key": []}] if self.keys else [],
+        }
 
-    limit, n_labels = service.config.max_body_bytes, len(service.model.labels)
-    try:
-        raw = request.stream.read(limit + 1)
-        if len(raw) <= limit:
-            # int() refuses NaN and Infinity
-            value = json.loads(raw, parse_constant=int)
-            return _schemas(service.config, n_labels)["Body"].model_validate(value)
-    except ValidationError as error:
-        problem = error.errors(include_url=False, include_input=False)[0]
-        field, *index = problem["loc"] or (None,)
-        words = f"{field or 'the body'}{index or ''}: {problem['msg']}"  # x[1]: ...
-        raise RequestError(words, 422, problem["type"], field) from None
-    except Exception:  # ValueError, RecursionError, the server's for a broken chunk
-        raise RequestError("the body is not JSON in UTF-8", 400, "not_json") from None
-    raise RequestError(f"the body is over {limit} bytes", 413, "body_too_large")
+    def answer_error(self, error: Exception) -> tuple[dict, int, dict[str, str]]:
+        from werkzeug.exceptions import HTTPException
+
+        headers = {}
+        if isinstance(error, HTTPException):  # 404, 405
+            headers = {key: v for key, v in error.get_headers() if key == "Allow"}
+            code = error.name.lower().replace(" ", "_")
+            error = RequestError(error.description, error.code, code)
+        elif not isinstance(error, RequestError):
+            # without the exception's message, which may quote a text
+            frames = "".join(traceback.format_tb(error.__traceback__))
+            kind, name = type(error).__name__, self.request.id
+            log.error("%s in request %s\n%s", kind, name, frames)
+            error = RequestError(f"a bug, logged as {name}", 500, "internal_error")
+        if error.status == 429:
+            wait_s = self.model.wait_s() if isinstance(self.model, Batcher) else 1
+            headers["Retry-After"] = str(wait_s)
+        elif error.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        parts = {"code": error.code, "message": str(error), "field": error.field}
+        return {"error": parts}, error.status, headers
+
+    def log(self, response: flask.Response) -> flask.Response:
+        request, status = self.request, response.status_code
+        seconds, route = time.monotonic() - request.started, str(request.url_rule)
+        self.metrics.requests.labels(route, status).inc()
+        self.metrics.request_seconds.labels(route).observe(seconds)
+        response.headers["X-Request-Id"] = request.id
+        entry = {
+            "endpoint": request.path,
+            "response": response.get_json(silent=True),
+            "status_code": status,
+            "response_time": round(seconds, 6),
+            "user_ip": request.remote_addr,
+            "user_agent": request.user_agent.string,
+            "request_id": request.id,
+        }
+        logging.getLogger("bertflask.requests").info(json.dumps(entry))
+        return response
 
 
 @functools.cache
-def _schemas(config: ServeConfig, n_labels: int) -> dict[str, Any]:
-    """pydantic models by name: of the body and, to be described, of the answers."""
+def _schemas(config: ServeConfig, n_labels: int) -> tuple[type, type, type]:
     from pydantic import Field, create_model
 
     text = Annotated[str, Field(max_length=config.max_characters)]
     texts = Annotated[list[text], Field(min_length=1, max_length=config.max_texts)]
-    most = min(config.max_top_k, n_labels)
-    top_k = Annotated[int, Field(ge=1, le=most)] | None
-    strict = {"strict": True}  # true is no number, 1 is no text
+    top_k = Annotated[int, Field(ge=1, le=min(config.max_top_k, n_labels))] | None
     rank = create_model("Rank", label=str, probability=float)
     lists = {"predictions": list[str], "probabilities": list[float]}
     lists |= {"truncated": list[bool], "top_k": (list[list[rank]], [])}
     reason = create_model("Reason", code=str, message=str, field=str | None)
-    models = (
+    strict = {"strict": True}  # true is no number, 1 is no text
+    return (
         create_model("Body", __config__=strict, x=(texts, ...), top_k=(top_k, None)),
         create_model("Answer", model=str, **lists),
         create_model("Error", error=reason),
     )
-    return {model.__name__: model for model in models}
-
-
-def _openapi(service: _Service, request: Any) -> dict:
-    from pydantic.json_schema import models_json_schema
-
-    place = "#/components/schemas/{model}"
-    models = _schemas(service.config, len(service.model.labels)).values()
-    pairs = [(model, "validation") for model in models]
-    parts = {"schemas": models_json_schema(pairs, ref_template=place)[1]["$defs"]}
-
-    def holds(name: str) -> dict:
-        return {"application/json": {"schema": {"$ref": place.format(model=name)}}}
-
-    error = {"description": "a refusal", "content": holds("Error")}
-    paths: dict = {}
-    for path, (method, _, answer) in _ROUTES.items():
-        found = {"description": "OK"} | ({"content": holds(answer)} if answer else {})
-        paths[path] = {method.lower(): {"responses": {"200": found, "default": error}}}
-    header = {"in": "header", "name": _DEADLINE}
-    header["schema"] = {"type": "integer", "minimum": 0, "maximum": 10**9 - 1}
-    body = {"required": True, "content": holds("Body")}
-    paths["/predict"]["post"] |= {"parameters": [header], "requestBody": body}
-    info = {"title": "bertflask", "version": __version__}
-    whole = {"openapi": "3.1.0", "info": info, "paths": paths, "components": parts}
-    if service.keys:
-        parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        whole["security"] = [{"key": []}]
-    return whole
-
-
-_ROUTES = {  # path: method, view and what it answers
-    "/predict": ("POST", _predict, "Answer"),
-    "/health_check": ("GET", lambda *_: {"status": "ok"}, None),
-    "/readyz": ("GET", _readyz, None),
-    "/metrics": ("GET", _metrics_page, None),
-    "/openapi.json": ("GET", _openapi, None),
-}
-
-
-def _answer_error(service: _Service, request: Any, error: Exception) -> tuple:
-    from werkzeug.exceptions import HTTPException
-
-    headers = {}
-    if isinstance(error, HTTPException):  # 404, 405
-        headers = {key: v for key, v in error.get_headers() if key == "Allow"}
-        code = error.name.lower().replace(" ", "_")
-        error = RequestError(error.description, error.code, code)
-    elif not isinstance(error, RequestError):
-        # without the exception's message, which may quote a text
-        frames = "".join(traceback.format_tb(error.__traceback__))
-        log.error("%s in request %s\n%s", type(error).__name__, request.id, frames)
-        error = RequestError(f"a bug, logged as {request.id}", 500, "internal_error")
-    if error.status == 429:
-        wait_s = getattr(service.model, "wait_s", lambda: 1)()
-        headers["Retry-After"] = str(wait_s)
-    elif error.status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    parts = {"code": error.code, "message": str(error), "field": error.field}
-    return {"error": parts}, error.status, headers
-
-
-def _log_request(service: _Service, request: Any, response: Any) -> Any:
-    seconds, status = time.monotonic() - request.started, response.status_code
-    route, metrics = str(request.url_rule), service.metrics
-    metrics.requests.labels(route, status).inc()
-    metrics.request_seconds.labels(route).observe(seconds)
-    response.headers["X-Request-Id"] = request.id
-    entry = {
-        "endpoint": request.path,
-        "response": response.get_json(silent=True),
-        "status_code": status,
-        "response_time": round(seconds, 6),
-        "user_ip": request.remote_addr,
-        "user_agent": request.user_agent.string,
-        "request_id": request.id,
-    }
-    logging.getLogger("bertflask.requests").info(json.dumps(entry))
-    return response
 
 
 def serve(config: ServeConfig, run_dir: str | None, models_dir: str) -> None:
     """Serves a run until SIGTERM or SIGINT; then answers what was accepted, and exits.
 
     A process of its own does it, and is started again when it dies. SIGHUP or a new
-    latest model changes the model. Raises ServerError if it cannot listen, other errors
-    if it cannot load the model.
+    latest model changes the model. Raises ServerError if it cannot listen.
     """
     try:
         listener = socket.create_server((config.host, config.port), backlog=_BACKLOG)
-    except (OSError, ValueError, OverflowError) as error:
+    except (OSError, UnicodeError) as error:
         words = f"cannot listen on {config.host} port {config.port}"
         raise ServerError(f"{words}: {_one_line(error)}; give another --port") from None
     ready, child, stopped = mmap.mmap(-1, 1), 0, False  # ready: shared by processes
@@ -2071,11 +2050,7 @@ def serve(config: ServeConfig, run_dir: str | None, models_dir: str) -> None:
         with warnings.catch_warnings(action="ignore"):  # numpy's threads, which idle
             child = os.fork()
         if not child:
-            load = functools.partial(Classifier.load, run_dir, models_dir)
-            app = create_app(load(), **vars(config))
-            ready.write(b"1")
-            latest = Path(run_dir or models_dir, "config.json" if run_dir else LATEST)
-            _answer(app, listener, load, latest)
+            _serve_here(listener, ready, config, run_dir, models_dir)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if code < 0:
             log.error("signal %d killed the process; out of memory?", -code)
@@ -2084,45 +2059,56 @@ def serve(config: ServeConfig, run_dir: str | None, models_dir: str) -> None:
     sys.exit(1)
 
 
-def _answer(app: Any, listener: socket.socket, load: Callable, latest: Path) -> None:
+def _serve_here(listener, ready, config, run_dir, models_dir) -> None:
     """Serves with waitress, which holds no thread for a slow client, then exits."""
     import waitress
 
-    service, stop, wake = app.extensions["bertflask"], [], threading.Event()
+    load = functools.partial(Classifier.load, run_dir, models_dir)
+    try:
+        api = _Api(load(), config)
+    except Exception as error:
+        log.error(_error_line(error))
+        os._exit(2)
     logging.getLogger("waitress").setLevel(logging.ERROR)
     waitress.utilities.Error.to_response = _to_response
-    server = waitress.create_server(
-        app, sockets=[listener], threads=service.config.threads, ident=None,
-        channel_request_lookahead=1,  # tells when a client leaves
-        max_request_body_size=service.config.max_body_bytes + 100 * 2**20,
-        connection_limit=1000,
-    )  # fmt: skip
+    limits = {"max_request_body_size": config.max_body_bytes + 100 * 2**20}
+    limits |= {"connection_limit": 1000, "threads": config.threads}
+    limits["channel_request_lookahead"] = 1  # tells when a client leaves
+    server = waitress.create_server(api.app, sockets=[listener], ident=None, **limits)
     turn = functools.partial(waitress.wasyncore.loop, 0.1, True, server._map, 1)
+    stop, wake = threading.Event(), threading.Event()
     signal.signal(signal.SIGHUP, lambda *_: wake.set())
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: (stop.append(1), server.pull_trigger()))
-    args = (service, load, latest, wake)
-    threading.Thread(target=_watch, args=args, daemon=True).start()
+        signal.signal(number, lambda *_: (stop.set(), server.pull_trigger()))
+    latest = Path(run_dir or models_dir, "config.json" if run_dir else LATEST)
+    watch = functools.partial(_watch, api, load, latest, wake)
+    threading.Thread(target=watch, daemon=True).start()
+    ready.write(b"1")
     url = "http://{}:{}".format(*listener.getsockname())
     curl = f"""curl {url}/predict -d '{{"x": ["a text"]}}'"""
-    log.info("ready: %s serves %s; try: %s", url, service.model.name, curl)
-    while not stop:
+    log.info("ready: %s serves %s; try: %s", url, api.model.name, curl)
+    while not stop.is_set():
         turn()
-    service.draining, end = True, time.monotonic() + service.config.drain_delay
+    _drain(api, server, turn)
+    os._exit(0)  # whatever other threads do
+
+
+def _drain(api: _Api, server: Any, turn: Callable) -> None:
+    """Takes no more clients, and turns until the last has its answer."""
+    api.draining, end = True, time.monotonic() + api.config.drain_delay
     while time.monotonic() < end:
         turn()
     for _ in range(_BACKLOG):
         server.handle_accept()  # whom the kernel has let in
-    listener.shutdown(socket.SHUT_RDWR)  # for the first process, too, which holds it
+    server.socket.shutdown(socket.SHUT_RDWR)  # for the parent, which holds it, too
     server.del_channel()
-    end = time.monotonic() + service.config.deadline + _GRACE_S
+    end = time.monotonic() + api.config.deadline + _GRACE_S
     while server.active_channels and time.monotonic() < end:
         turn()
         for channel in [*server.active_channels.values()]:
             is_new = time.time() - channel.last_activity < 0.5
             if not (channel.requests or channel.total_outbufs_len or is_new):
                 channel.will_close = True
-    os._exit(0)  # whatever other threads do
 
 
 def _to_response(error: Any, ident: str | None = None) -> tuple[str, list, bytes]:
@@ -2134,19 +2120,19 @@ def _to_response(error: Any, ident: str | None = None) -> tuple[str, list, bytes
     return f"{error.code} {error.reason}", kind, body
 
 
-def _watch(service: _Service, load: Callable, latest: Path, wake: Any) -> None:
+def _watch(api: _Api, load: Callable, latest: Path, wake: Any) -> None:
     """Changes the model when `latest` does, or on `wake`; keeps it if that fails."""
     seen, asked = None, False
     while True:
         now = latest.read_bytes() if latest.is_file() else seen
         if asked or now != (seen or now):
             try:
-                service.model.swap(load())
-                service.reload_error = None
+                api.model.swap(load())
+                api.reload_error = None
             except Exception as error:
-                service.reload_error = _one_line(error)
-                log.error("%s goes on: %s", service.model.name, service.reload_error)
-            service.metrics.reloads.labels(service.reload_error or "done").inc()
+                api.reload_error = _one_line(error)
+                log.error("%s goes on: %s", api.model.name, api.reload_error)
+            api.metrics.reloads.labels(api.reload_error or "done").inc()
         seen, asked = now, wake.wait(_WATCH_S)
         wake.clear()
 
