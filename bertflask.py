@@ -2039,10 +2039,11 @@ def serve(config: ServeConfig, run_dir: str | None, models_dir: str) -> None:
     def pass_on(number: int, _: Any) -> None:
         nonlocal stopped
         stopped = stopped or number != signal.SIGHUP
-        if child:
-            os.kill(child, number)
-        elif stopped:  # this is a child that still loads
+        if stopped and not child:  # this is a child that still loads
             os._exit(0)
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            if child:
+                os.kill(child, number)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, pass_on)
