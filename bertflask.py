@@ -1499,7 +1499,7 @@ def _load_manifest(run_dir: Path) -> dict:
 
 # === 11. Prediction: Prediction, Classifier, Batcher ===
 
-_BULK_TOKENS, _BATCH_TOKENS = 4096, 1024  # in a batch, padding included
+_BULK_TOKENS, _BATCH_TOKENS = 4096, 512  # in a batch, padding included
 _STUCK_S = 30.0  # a batch that takes longer does not come back
 _LOOK_S = 0.25  # between two looks whether the client is still there
 _TWOS, _TENTHS = [2**i for i in range(14)], [i / 10 for i in range(1, 11)]
@@ -1654,6 +1654,8 @@ class Batcher:
         Raises RequestError if the queue is full, at the deadline, and when `is_gone`,
         asked now and then, says that the client has left.
         """
+        if time.monotonic() >= deadline:
+            raise _late()
         classifier = self.classifier
         token_ids, truncated = classifier.encode(texts)
         jobs = self._enter(classifier, token_ids)
@@ -1731,7 +1733,7 @@ class Batcher:
             batch = [same[row] for rows in batches if 0 in rows for row in rows]
             self._running = {job.key: job for job in batch}
             self._queue = {x.key: x for x in waiting if x.key not in self._running}
-            self._began = time.monotonic()
+            self._began = time.monotonic() if batch else math.inf
             return batch
 
     def _run(self, batch: list[_Job]) -> None:
@@ -1767,10 +1769,14 @@ class Batcher:
             metrics.queue_seconds.observe(began - job.came)
 
 
+def _late() -> RequestError:
+    return RequestError("the deadline has passed", 504, "deadline_passed")
+
+
 def _wait(job: _Job, deadline: float, is_gone: Callable[[], bool]) -> np.ndarray:
     while not job.done.wait(min(_LOOK_S, max(0, deadline - time.monotonic()))):
         if time.monotonic() >= deadline:
-            raise RequestError("not answered in time", 504, "deadline_passed")
+            raise _late()
         if is_gone():
             raise RequestError("the client left", 499, "client_left")
     if isinstance(job.result, Exception):
@@ -1794,7 +1800,7 @@ class ServeConfig:
 
     host: str = _field("address to listen on", "127.0.0.1")
     port: int = _field("0: any", 5000)
-    threads: int = _field("requests at once", 320)
+    threads: int = _field("requests at once; more get a 429", 300)
     max_body_bytes: int = _field("bytes of a request", 10 * 2**20)
     max_texts: int = _field("texts of a request", 1000)
     max_characters: int = _field("characters of a text", 1_000_000)
@@ -1828,7 +1834,7 @@ class _Api:
         if isinstance(classifier, Classifier):
             sizes = config.queue_tokens, config.cache_size
             self.model = Batcher(classifier, self.metrics, *sizes)
-        self.slots = threading.Semaphore(max(1, config.threads - _SPARE_THREADS))
+        self.slots = threading.Semaphore(config.threads)
         keys = os.environ.get("BERTFLASK_API_KEYS", "")
         if config.api_keys and not (keys := Path(config.api_keys).read_text()).split():
             raise ServerError(f"{config.api_keys} has no API key: write one a line")
@@ -1910,12 +1916,13 @@ class _Api:
         """The body, checked; RequestError if it is of another shape or too large."""
         from pydantic import ValidationError
 
-        limit, kind = self.config.max_body_bytes, self.schemas()[0]
+        limit, n_labels = self.config.max_body_bytes, len(self.model.labels)
         try:
             raw = self.request.stream.read(limit + 1)
             if len(raw) <= limit:
-                # int() refuses NaN and Infinity
-                return kind.model_validate(json.loads(raw, parse_constant=int))
+                # no NaN or Infinity; 2.0 is an integer, as JSON Schema has it
+                value = json.loads(raw, parse_constant=int, parse_float=_number)
+                return _schemas(self.config, n_labels)[0].model_validate(value)
         except ValidationError as error:
             problem = error.errors(include_url=False, include_input=False)[0]
             field, *index = problem["loc"] or (None,)
@@ -1926,42 +1933,31 @@ class _Api:
             raise RequestError(words, 400, "not_json") from None
         raise RequestError(f"the body is over {limit} bytes", 413, "body_too_large")
 
-    def schemas(self) -> tuple:
-        """pydantic models of the body and, for /openapi.json, of answer and error."""
-        return _schemas(self.config, len(self.model.labels))
-
     def openapi(self) -> dict:
         from pydantic.json_schema import models_json_schema
 
         place = "#/components/schemas/{model}"
-        models = [(model, "validation") for model in self.schemas()]
+        models = _schemas(self.config, len(self.model.labels))
+        models = [(model, "validation") for model in models]
         schemas = models_json_schema(models, ref_template=place)[1]["$defs"]
         body, answer, error = (
-            {"application/json": {"schema": {"$ref": place.format(model=name)}}}
+            {
+                "description": name,
+                "content": {
+                    "application/json": {"schema": {"$ref": place.format(model=name)}}
+                },
+            }
             for name in ("Body", "Answer", "Error")
         )
-        error = {"description": "why not", "content": error}
-        paths: dict = {
-            path: {
-                "get": {"responses": {"200": {"description": "OK"}, "default": error}}
-            }
-            for path in self.views
-        }
-        header = {"in": "header", "name": _DEADLINE, "schema": {"type": "integer"}}
-        responses = {"200": {"description": "OK", "content": answer}, "default": error}
-        post = {
-            "parameters": [header],
-            "requestBody": {"required": True, "content": body},
-        }
-        paths["/predict"] = {"post": post | {"responses": responses}}
-        schemes = {"key": {"type": "http", "scheme": "bearer"}}
-        return {
-            "openapi": "3.1.0",
-            "info": {"title": "bertflask", "version": __version__},
-            "paths": paths,
-            "components": {"schemas": schemas, "securitySchemes": schemes},
-            "security": [{"key": []}] if self.keys else [],
-        }
+        plain = {"200": {"description": "OK"}, "default": error}
+        paths: dict = {path: {"get": {"responses": plain}} for path in self.views}
+        post = {"responses": plain | {"200": answer}, "requestBody": body}
+        paths["/predict"] = {"post": post}
+        parts = {"schemas": schemas}
+        parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        info = {"title": "bertflask", "version": __version__}
+        whole = {"openapi": "3.1.0", "info": info, "paths": paths, "components": parts}
+        return whole | {"security": [{"key": []}] if self.keys else []}
 
     def answer_error(self, error: Exception) -> tuple[dict, int, dict[str, str]]:
         from werkzeug.exceptions import HTTPException
@@ -2004,8 +2000,13 @@ class _Api:
         return response
 
 
+def _number(text: str) -> int | float:
+    return int(number) if (number := float(text)).is_integer() else number
+
+
 @functools.cache
 def _schemas(config: ServeConfig, n_labels: int) -> tuple[type, type, type]:
+    """pydantic models of the body and, for /openapi.json, of answer and error."""
     from pydantic import Field, create_model
 
     text = Annotated[str, Field(max_length=config.max_characters)]
@@ -2048,6 +2049,7 @@ def serve(config: ServeConfig, run_dir: str | None, models_dir: str) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, pass_on)
     while not stopped:
+        ready[0] = 0
         with warnings.catch_warnings(action="ignore"):  # numpy's threads, which idle
             child = os.fork()
         if not child:
@@ -2073,7 +2075,8 @@ def _serve_here(listener, ready, config, run_dir, models_dir) -> None:
     logging.getLogger("waitress").setLevel(logging.ERROR)
     waitress.utilities.Error.to_response = _to_response
     limits = {"max_request_body_size": config.max_body_bytes + 100 * 2**20}
-    limits |= {"connection_limit": 1000, "threads": config.threads}
+    limits |= {"connection_limit": 1000, "threads": config.threads + _SPARE_THREADS}
+    limits["clear_untrusted_proxy_headers"] = False  # that is for ProxyFix to decide
     limits["channel_request_lookahead"] = 1  # tells when a client leaves
     server = waitress.create_server(api.app, sockets=[listener], ident=None, **limits)
     turn = functools.partial(waitress.wasyncore.loop, 0.1, True, server._map, 1)
@@ -2084,7 +2087,7 @@ def _serve_here(listener, ready, config, run_dir, models_dir) -> None:
     latest = Path(run_dir or models_dir, "config.json" if run_dir else LATEST)
     watch = functools.partial(_watch, api, load, latest, wake)
     threading.Thread(target=watch, daemon=True).start()
-    ready.write(b"1")
+    ready[0] = 1
     url = "http://{}:{}".format(*listener.getsockname())
     curl = f"""curl {url}/predict -d '{{"x": ["a text"]}}'"""
     log.info("ready: %s serves %s; try: %s", url, api.model.name, curl)

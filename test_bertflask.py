@@ -2829,7 +2829,7 @@ NESTED = b"[" * 1000 + b"]" * 1000
         ({"x": ["a"], "top_k": 0}, 422, "greater_than_equal", "top_k"),
         ({"x": ["a"], "top_k": 6}, 422, "less_than_equal", "top_k"),
         ({"x": ["a"], "top_k": True}, 422, "int_type", "top_k"),
-        ({"x": ["a"], "top_k": 2.0}, 422, "int_type", "top_k"),
+        ({"x": ["a"], "top_k": 2.5}, 422, "int_type", "top_k"),
         ({"x": ["a"], "top_k": "2"}, 422, "int_type", "top_k"),
         (b" " * 3001, 413, "body_too_large", None),
     ],
@@ -2850,7 +2850,8 @@ def test_the_message_names_the_text_that_is_wrong(limited_client):
 
 @pytest.mark.parametrize(
     "body",
-    [{"x": ["a" * 50] * 4}, {"x": ["a"], "top_k": None}, b'{"x": ["a"]}'.ljust(3000)],
+    [{"x": ["a" * 50] * 4}, {"x": ["a"], "top_k": None}, b'{"x": ["a"]}'.ljust(3000)]
+    + [{"x": ["a"], "top_k": 2.0}],  # JSON Schema's integers include it
 )
 def test_a_body_at_its_limits_is_answered(limited_client, body):
     assert post(limited_client, body).status_code == 200
