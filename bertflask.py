@@ -47,7 +47,7 @@ import urllib.request
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
@@ -1223,16 +1223,14 @@ _VOCAB_NAMES = {"bert": "vocab.txt", "albert": "30k-clean.model"}
 _SERVED_FILES = ("model.onnx", "golden.json")  # and the vocabulary
 _EXPORT_TOLERANCE, _LOAD_TOLERANCE = 1e-4, 1e-3  # of logits
 # Not rows of the training data, which may be private.
-_GOLDEN_TEXTS = (
-    "",
-    "How do I sort a list in Python?",
-    "naïve café – “quotes” €5, ΑΒΓ, привет, 你好, 👩‍👩‍👧",
-    "I am still waiting on my card, it was due two weeks ago! " * 8,
-)
-_PACKAGES = "tensorflow tf-keras bert-for-tf2 numpy tokenizers sentencepiece onnx"
+_GOLDEN_TEXTS = ("", "How do I sort a list?", "Café “€5”, Ω, мир, 你好, 👩‍👩‍👧! " * 40)
+_PACKAGES = "tensorflow bert-for-tf2 numpy tokenizers sentencepiece onnx".split()
 _MANIFEST_TYPES = {"do_lower_case": bool, "labels": list, "files": dict, "format": int}
 _MANIFEST_TYPES |= {"max_seq_len": int, "model_type": str, "trained_at": str}
+_MODEL_CARD = """# Text classifier on {model_name}, by bertflask {versions[bertflask]}
 
+{trained_at} UTC, {data[n]} texts. On texts held out: {metrics}. Its labels: {labels}.
+"""
 
 # The model in ONNX's own notation: x is [B, L, H], for [CLS] alone [B, 1, H].
 _ONNX_GRAPH = """
@@ -1257,7 +1255,7 @@ _ONNX_PROJECTION = """
   wider = MatMul (embedded, "embeddings/word_embeddings_projector/projector")
   x0 = Add (wider, "embeddings/word_embeddings_projector/bias")"""
 _ONNX_LAYER = """
-  rows{i} = {rows}
+  rows{i} = Identity (x{i})
   q{i} = MatMul (rows{i}, "{layer}/attention/self/query/kernel")
   k{i} = MatMul (x{i}, "{layer}/attention/self/key/kernel")
   v{i} = MatMul (x{i}, "{layer}/attention/self/value/kernel")
@@ -1285,13 +1283,12 @@ def onnx_model(config: dict, weights: dict[str, np.ndarray]) -> bytes:
     is_bert, n_layers = config["model_type"] == "bert", config["num_hidden_layers"]
     gelu = "FastGelu" if config["hidden_act"] == "gelu" else "BiasGelu"
     projection = "x0 = Identity (embedded)" if is_bert else _ONNX_PROJECTION
+    layer = "encoder/layer_{}" if is_bert else "encoder/layer_shared"
     layers, n_labels = "", len(weights["classifier/bias"])
     for i in range(n_layers):
-        names = {"i": i, "next_i": i + 1, "gelu": gelu, "rows": f"Identity (x{i})"}
-        if i == n_layers - 1:
-            names["rows"] = f"Gather <axis = 1> (x{i}, first)"
-        names["layer"] = f"encoder/layer_{i if is_bert else 'shared'}"
+        names = {"i": i, "next_i": i + 1, "gelu": gelu, "layer": layer.format(i)}
         layers += _ONNX_LAYER.format_map(config | names)
+    layers = layers.replace(f"Identity (x{i})", f"Gather <axis = 1> (x{i}, first)")
     parts = {"layers": layers, "projection": projection, "n_labels": n_labels}
     model = parser.parse_model(_ONNX_GRAPH.format_map(config | parts))
     arrays = [numpy_helper.from_array(weights[name], name) for name in sorted(weights)]
@@ -1300,10 +1297,9 @@ def onnx_model(config: dict, weights: dict[str, np.ndarray]) -> bytes:
 
 
 def train(config: TrainConfig, data: Data = None, test: Data = None) -> Path:
-    """The folder of the finished run, which is the latest model from then on.
+    """The folder of the finished run, from then on the latest; else a BertFlaskError.
 
     Without `data` it takes the Stack Overflow posts, without `test` a part of `data`.
-    Raises a BertFlaskError of any kind; then the last good model stays the latest.
     """
     config = _resolve(config)
     columns = (config.text_column, config.label_column, config.models_dir)
@@ -1311,119 +1307,87 @@ def train(config: TrainConfig, data: Data = None, test: Data = None) -> Path:
     held_out = None if test is None else load_examples(test, *columns)
     if held_out is None:
         rest, held_out = split_examples(rest, config.test_size, config.seed)
-    run = _Run(config, check_labels(rest))
+    labels = check_labels(rest)
+    tokenizer, model = _prepare(config, len(labels))
+    encode = functools.partial(tokenizer.encode, max_seq_len=config.max_seq_len)
     parts = split_examples(rest, config.validation_size, config.seed)
-    metrics = run.trainer.fit(*map(run.encode, parts)) | run.evaluate(held_out)
-    return run.publish(run.write(rest, metrics))
+    rows = [[*zip(encode(x.texts), map(labels.index, x.labels))] for x in parts]
+    run_dir = _make_run_dir(config)
+    trainer = _Trainer(config, model, run_dir)
+    metrics = trainer.fit(*rows) | {"accuracy": None, "macro_f1": None}
+    if held_out.texts:
+        best = trainer.predict(encode(held_out.texts)).argmax(-1)
+        pair = (held_out.labels, [labels[i] for i in best])
+        plot_confusion_matrix(*pair, run_dir / "confusion_matrix.png")
+        metrics |= evaluate_predictions(*pair)
+    _write_json(run_dir / "metrics.json", metrics)
+    manifest = _manifest(run_dir, config, labels, rest, metrics)
+    return _finish(run_dir, model, tokenizer, manifest)
+
+
+def _prepare(config: TrainConfig, n_labels: int) -> tuple[Tokenizer, Model]:
+    folder = fetch_pretrained(config.model_name, config.models_dir)
+    tokenizer = load_tokenizer(folder)
+    _choose_gpu(config.gpu)
+    model = build_model(folder, n_labels, precision=config.precision, seed=config.seed)
+    if config.max_seq_len > (most := model.config["max_position_embeddings"]):
+        raise TrainingError(f"lower max_seq_len: the model has {most} positions")
+    if (n := tokenizer.vocab_size) > (most := model.config["vocab_size"]):
+        raise PretrainedError(f"{folder}: {n} pieces, take its own {most}")
+    return tokenizer, model
 
 
 def _make_run_dir(config: TrainConfig) -> Path:
-    """Makes `trained/<UTC>_<model name>.unfinished`, for this process alone."""
-    path, trained_dir = Path(config.model_name), Path(config.models_dir, "trained")
+    path, stamp = Path(config.model_name), time.strftime("%Y%m%d%H%M%S", time.gmtime())
     name = path.resolve().name if path.exists() else str(path).replace("/", "--")
-    while True:
-        stamp = time.strftime("%Y%m%d%H%M%S", time.gmtime())
-        run_dir = trained_dir / f"{stamp}_{name}.unfinished"
-        with contextlib.suppress(FileExistsError):
-            run_dir.mkdir(parents=True)
-            return run_dir
-        time.sleep(0.2)  # the second is taken by another run
+    run_dir = Path(config.models_dir, "trained", f"{stamp}_{name}.unfinished")
+    with contextlib.suppress(FileExistsError):
+        run_dir.mkdir(parents=True)
+        return run_dir
+    time.sleep(0.2)  # the second is taken by another run
+    return _make_run_dir(config)
 
 
-class _Run:
-    """A training's model, tokenizer and labels, and the folder that they go into."""
-
-    def __init__(self, config: TrainConfig, labels: list[str]) -> None:
-        checkpoint_dir = fetch_pretrained(config.model_name, config.models_dir)
-        self.config, self.labels = config, labels
-        self.tokenizer = load_tokenizer(checkpoint_dir)
-        _choose_gpu(config.gpu)
-        options = {"precision": config.precision, "seed": config.seed}
-        self.model = build_model(checkpoint_dir, len(labels), **options)
-        sizes, n = self.model.config, self.tokenizer.vocab_size
-        if config.max_seq_len > (most := sizes["max_position_embeddings"]):
-            raise TrainingError(f"lower max_seq_len: the model has {most} positions")
-        if n > (most := sizes["vocab_size"]):
-            raise PretrainedError(f"{checkpoint_dir}: {n} pieces, take its own {most}")
-        self.run_dir = _make_run_dir(config)
-        self.trainer = _Trainer(config, self.model, self.run_dir)
-
-    def encode(self, examples: Examples) -> _Rows:
-        token_ids = self.tokenizer.encode(examples.texts, self.config.max_seq_len)
-        number = {label: i for i, label in enumerate(self.labels)}
-        return [*zip(token_ids, map(number.get, examples.labels))]
-
-    def evaluate(self, examples: Examples) -> dict:
-        """Metrics on rows that were held out, and a drawing of the confusion matrix."""
-        if not examples.texts:
-            return {"accuracy": None, "macro_f1": None}
-        token_ids = self.tokenizer.encode(examples.texts, self.config.max_seq_len)
-        best = self.trainer.predict(token_ids).argmax(-1)
-        pair = (examples.labels, [self.labels[i] for i in best])
-        plot_confusion_matrix(*pair, self.run_dir / "confusion_matrix.png")
-        return evaluate_predictions(*pair)
-
-    def write(self, examples: Examples, metrics: dict) -> dict:
-        """Writes all files and gives the manifest; ArtifactError on a bad export."""
-        import h5py
-
-        run_dir, weights, config = self.run_dir, self.model.weights(), self.model.config
-        model_type = config["model_type"]
-        files = (*_SERVED_FILES, _VOCAB_NAMES[model_type])
-        shutil.copyfile(self.tokenizer.vocab_path, run_dir / files[-1])
-        (run_dir / "model.onnx").write_bytes(onnx_model(config, weights))
-        with h5py.File(run_dir / "model.weights.h5", "w") as file:
-            file.update(weights)
-        _write_json(run_dir / "golden.json", self.golden_rows())
-        _write_json(run_dir / "metrics.json", metrics)
-        _write_json(run_dir / f"{model_type}_config.json", config)
-        manifest = self.manifest(examples, metrics)
-        _open_model(run_dir, manifest, self.tokenizer, _EXPORT_TOLERANCE)
-        manifest["files"] = {name: _digest(run_dir / name) for name in files}
-        _write_json(run_dir / "config.json", manifest)
-        (run_dir / "README.md").write_text(_MODEL_CARD.format_map(manifest), "utf-8")
-        return manifest
-
-    def manifest(self, examples: Examples, metrics: dict) -> dict:
-        digest = hashlib.sha256(json.dumps([examples.texts, examples.labels]).encode())
-        made = time.strptime(self.run_dir.name[:14], "%Y%m%d%H%M%S")
-        return {
-            "format": FORMAT,
-            **dataclasses.asdict(self.config),
-            "model_type": self.model.config["model_type"],
-            "do_lower_case": self.tokenizer.do_lower_case,
-            "labels": self.labels,
-            "trained_at": time.strftime("%Y-%m-%d %H:%M:%S", made),
-            "metrics": {key: metrics[key] for key in ("accuracy", "macro_f1")},
-            "data": {"n": len(examples.texts), "sha256": digest.hexdigest()},
-            "versions": {name: version(name) for name in _PACKAGES.split()},
-            "bertflask": __version__,
-        }
-
-    def golden_rows(self) -> list[dict]:
-        """Fixed texts with their logits, by TensorFlow in float32 on the CPU."""
-        model = Model(self.model.config, self.model.variables)
-        token_ids = self.tokenizer.encode(_GOLDEN_TEXTS, self.config.max_seq_len)
-        with _tensorflow().device("/CPU:0"):
-            logits = model.logits(pad(token_ids)).numpy()
-        rows = zip(_GOLDEN_TEXTS, (ids.tolist() for ids in token_ids), logits.tolist())
-        return [dict(zip(("text", "token_ids", "logits"), row)) for row in rows]
-
-    def publish(self, manifest: dict) -> Path:
-        """Gives the complete run its final name, then makes it the latest."""
-        final_dir = self.run_dir.rename(self.run_dir.with_suffix(""))
-        latest = {key: manifest[key] for key in ("model_type", "max_seq_len")}
-        latest["model_dir"] = f"trained/{final_dir.name}"
-        _write_json(Path(self.config.models_dir, LATEST), latest)
-        return final_dir
+def _manifest(run_dir: Path, config: TrainConfig, labels, examples, metrics) -> dict:
+    made = time.strptime(run_dir.name[:14], "%Y%m%d%H%M%S")
+    digest = hashlib.sha256(json.dumps([examples.texts, examples.labels]).encode())
+    return {
+        "format": FORMAT,
+        **dataclasses.asdict(config),
+        "labels": labels,
+        "trained_at": time.strftime("%Y-%m-%d %H:%M:%S", made),
+        "metrics": {key: metrics[key] for key in ("accuracy", "macro_f1")},
+        "data": {"n": len(examples.texts), "sha256": digest.hexdigest()},
+        "versions": {x: version(x) for x in _PACKAGES} | {"bertflask": __version__},
+    }
 
 
-_MODEL_CARD = """# Text classifier on {model_name}
+def _finish(run_dir: Path, model: Model, tokenizer: Tokenizer, manifest: dict) -> Path:
+    """Writes and checks the files of serving, then makes the run the latest model."""
+    import h5py
 
-Fine-tuned by bertflask {bertflask} at {trained_at} UTC on {data[n]} texts, cut at
-{max_seq_len} tokens. On texts held out, which says nothing about texts of other kinds:
-accuracy {metrics[accuracy]}, macro F1 {metrics[macro_f1]}. Its labels: {labels}.
-"""
+    sizes, kind, weights = model.config, model.config["model_type"], model.weights()
+    manifest |= {"model_type": kind, "do_lower_case": tokenizer.do_lower_case}
+    shutil.copyfile(tokenizer.vocab_path, run_dir / _VOCAB_NAMES[kind])
+    _write_json(run_dir / f"{kind}_config.json", sizes)
+    with h5py.File(run_dir / "model.weights.h5", "w") as file:
+        file.update(weights)
+    (run_dir / "model.onnx").write_bytes(onnx_model(sizes, weights))
+    token_ids = tokenizer.encode(_GOLDEN_TEXTS, manifest["max_seq_len"])
+    with _tensorflow().device("/CPU:0"):  # and in float32
+        logits = Model(sizes, model.variables).logits(pad(token_ids)).numpy().tolist()
+    golden = [{"text": x, "logits": row} for x, row in zip(_GOLDEN_TEXTS, logits)]
+    _write_json(run_dir / "golden.json", golden)
+    _open_model(run_dir, manifest, tokenizer, _EXPORT_TOLERANCE)
+    files = (*_SERVED_FILES, _VOCAB_NAMES[kind])
+    manifest["files"] = {name: _digest(run_dir / name) for name in files}
+    _write_json(run_dir / "config.json", manifest)
+    (run_dir / "README.md").write_text(_MODEL_CARD.format_map(manifest), "utf-8")
+    final_dir = run_dir.rename(run_dir.with_suffix(""))
+    latest = {key: manifest[key] for key in ("model_type", "max_seq_len")}
+    latest["model_dir"] = f"trained/{final_dir.name}"
+    _write_json(final_dir.parent.with_name(LATEST), latest)
+    return final_dir
 
 
 @contextlib.contextmanager
@@ -1458,26 +1422,24 @@ def _open_model(run_dir: Path, config: dict, tokenizer: Tokenizer, limit: float)
         session = InferenceSession(run_dir / "model.onnx", options, providers)
         rows = json.loads((run_dir / "golden.json").read_bytes())
         ids = tokenizer.encode([row["text"] for row in rows], config["max_seq_len"])
-        if [row.tolist() for row in ids] != [row["token_ids"] for row in rows]:
-            raise ValueError("the tokenizer gives other token ids than golden.json")
-        shape = (len(rows), len(config["labels"]))
-        golden = np.reshape([row["logits"] for row in rows], shape)
-        found = np.reshape(session.run(None, {"ids": pad(ids)})[0], shape)
+        golden = np.reshape([x["logits"] for x in rows], (-1, len(config["labels"])))
+        found = session.run(None, {"ids": pad(ids)})[0]
         off = np.abs(found - golden).max()
         if not off <= limit or (found.argmax(-1) != golden.argmax(-1)).any():  # or NaN
-            raise ValueError(f"{off:.2g} off the logits or another best label")
+            words = "off the logits, another best label or tokenizer"
+            raise ValueError(f"{off:.2g} {words}")
     return session
 
 
 def find_run(run_dir: str | Path | None, models_dir: str | Path = "models") -> Path:
     """`run_dir`, or the run that latest_model_config.json names; else ArtifactError."""
-    if run_dir is not None:
-        return Path(run_dir)
-    latest = Path(models_dir, LATEST)
-    if not latest.exists():
-        raise ArtifactError(f"{latest}: no model was trained yet; train or use --run")
-    note = _read_object(latest, ArtifactError, model_dir=str)
-    return latest.parent / note["model_dir"]
+    if run_dir is None:
+        latest = Path(models_dir, LATEST)
+        if not latest.exists():
+            raise ArtifactError(f"{latest}: no model was trained yet; train one")
+        note = _read_object(latest, ArtifactError, model_dir=str)
+        run_dir = latest.parent / note["model_dir"]
+    return Path(run_dir)
 
 
 def _load_manifest(run_dir: Path) -> dict:
@@ -1799,19 +1761,19 @@ class ServeConfig:
     """The parameters of a server."""
 
     host: str = _field("address to listen on", "127.0.0.1")
-    port: int = _field("0: any", 5000)
-    threads: int = _field("requests at once; more get a 429", 300)
-    max_body_bytes: int = _field("bytes of a request", 10 * 2**20)
-    max_texts: int = _field("texts of a request", 1000)
-    max_characters: int = _field("characters of a text", 1_000_000)
-    max_top_k: int = _field("labels of a text in top_k", 100)
-    queue_tokens: int = _field("tokens that may wait for the model", 65_536)
-    cache_size: int = _field("answers to remember; 0: none", 4096)
-    deadline: float = _field("seconds a request may take", 30.0)
-    drain_delay: float = _field("seconds to go on after SIGTERM", 0.0)
+    port: int = _field("0: any", 5000, within=(0, 65535))
+    threads: int = _field("requests at once", 300, within=(1, 2**15))
+    max_body_bytes: int = _field("bytes of a request", 10 * 2**20, within=(1, None))
+    max_texts: int = _field("texts of a request", 1000, within=(1, None))
+    max_characters: int = _field("characters of a text", 10**6, within=(1, None))
+    max_top_k: int = _field("labels of a text in top_k", 100, within=(1, None))
+    queue_tokens: int = _field("tokens that may wait", 65_536, within=(1, None))
+    cache_size: int = _field("answers to remember; 0: none", 4096, within=(0, None))
+    deadline: float = _field("seconds a request may take", 30.0, within=(0.001, 86400))
+    drain_delay: float = _field("seconds to go on at SIGTERM", 0.0, within=(0, 86400))
     api_keys: str | None = _field("file with an API key a line", None)
     open_health: bool = _field("health and metrics without a key", False)
-    trusted_proxies: int = _field("proxies that set X-Forwarded-For", 0)
+    trusted_proxies: int = _field("proxies with X-Forwarded-For", 0, within=(0, None))
 
 
 def create_app(classifier: Any, **limits: Any) -> flask.Flask:
@@ -2155,37 +2117,32 @@ def _error_line(error: Exception) -> str:
 
 # === 13. Command line: main ===
 
-_PROGRAM = "python bertflask.py"
-
-
-@click.group(context_settings={"show_default": True})
-@click.version_option(__version__)
-def _commands() -> None:
-    """Fine-tune BERT or ALBERT on a CSV of texts and labels, then serve it by HTTP."""
+_commands = click.Group(help="Fine-tune BERT or ALBERT on a CSV and serve it by HTTP.")
 
 
 def _flag(field: dataclasses.Field) -> click.Option:
     meta, names = field.metadata, ["--" + field.name.replace("_", "-")]
-    shown = meta.get("else_")  # what None stands for
+    default, shown = field.default, meta["else_"]  # what None stands for
     kind = click.Choice(meta["choices"]) if "choices" in meta else None
     if isinstance(shown, (int, float)):
         kind, shown = type(shown), f"the model's recommendation, else {shown}"
-    texts = {"show_default": shown, "help": meta["help"]}
-    options = {"default": field.default, "is_flag": field.default is False}
-    return click.Option(names, type=kind, **options, **texts)
+    elif within := meta["within"]:
+        kind = {int: click.IntRange, float: click.FloatRange}[type(default)](*within)
+    options = {"type": kind, "default": default, "is_flag": default is False}
+    return click.Option(names, show_default=shown or True, help=meta["help"], **options)
 
 
-_FIELDS = dataclasses.fields(TrainConfig) + dataclasses.fields(ServeConfig)
-_FLAGS = {field.name: _flag(field) for field in _FIELDS}
+_FLAGS = {x.name: _flag(x) for x in (*fields(TrainConfig), *fields(ServeConfig))}
 _FLAGS["run_dir"] = click.Option(["--run", "run_dir"], help="folder, else the latest")
 
 
-def _command(name: str, example: str, *flags: str) -> Callable:
-    epilog = f"\b\nExample:\n  {_PROGRAM} {name} {example}"
-    return _commands.command(name, params=[_FLAGS[x] for x in flags], epilog=epilog)
+def _command(example: str, names: str, *more: str) -> Callable:
+    params = [_FLAGS.get(x) or click.Argument([x]) for x in (*names.split(), *more)]
+    epilog = f"\b\nExample:\n  python bertflask.py {example}"
+    return _commands.command(example.split()[0], params=params, epilog=epilog)
 
 
-@_command("models", "", "models_dir")
+@_command("models", "models_dir")
 def _models_command(models_dir: str) -> None:
     """List known models. Use folders, archives, owner/name on Hugging Face too."""
     for name, row in PRETRAINED.items():
@@ -2193,21 +2150,19 @@ def _models_command(models_dir: str) -> None:
         click.echo(f"{name:<32}{row.model_type:<8}{fetched}".rstrip())
 
 
-@_command("fetch", "minilm_L-6_H-384_A-12", "models_dir")
-@click.argument("name")
+@_command("fetch minilm_L-6_H-384_A-12", "name models_dir")
 def _fetch_command(name: str, models_dir: str) -> None:
     """Make the pretrained model NAME ready and print its folder."""
     click.echo(fetch_pretrained(name, models_dir))
 
 
-@_command("check", "texts.csv", "text_column", "label_column", "models_dir")
-@click.argument("data")
+@_command("check texts.csv", "data text_column label_column models_dir")
 def _check_command(data: str, **place: str | None) -> None:
     """Tell what is doubtful in DATA, with line numbers, before a training."""
     click.echo("\n".join(check_examples(load_examples(data, **place))))
 
 
-@_command("train", "texts.csv --n-epochs 3", *TrainConfig.__annotations__)
+@_command("train texts.csv --n-epochs 3", "", *TrainConfig.__annotations__)
 @click.argument("data", required=False)
 @click.option("--test", metavar="FILE", help="test on it, not on a share of DATA")
 def _train_command(data: str | None, test: str | None, **parameters: Any) -> None:
@@ -2218,8 +2173,7 @@ def _train_command(data: str | None, test: str | None, **parameters: Any) -> Non
     click.echo(json.dumps({"run_dir": str(run_dir)} | {x: metrics[x] for x in keys}))
 
 
-@_command("evaluate", "a.csv", "text_column", "label_column", "run_dir", "models_dir")
-@click.argument("data")
+@_command("evaluate test.csv", "data text_column label_column run_dir models_dir")
 def _evaluate_command(data: str, run_dir: str | None, **place: str | None) -> None:
     """Test a model on DATA. That is a CSV or TSV file, stackoverflow or docstrings."""
     examples = load_examples(data, **place)
@@ -2231,12 +2185,10 @@ def _evaluate_command(data: str, run_dir: str | None, **place: str | None) -> No
     click.echo(json.dumps({key: metrics[key] for key in ("accuracy", "macro_f1", "n")}))
 
 
-@_command("predict", "texts.csv labelled.csv", "text_column", "run_dir", "models_dir")
+@_command("predict texts.csv labelled.csv", "text_column run_dir models_dir")
 @click.argument("in_path", metavar="IN.csv", type=Path)
 @click.argument("out_path", metavar="OUT.csv", type=Path)
-def _predict_command(
-    in_path: Path, out_path: Path, text_column: str | None, **place: str | None
-) -> None:
+def _predict_command(in_path: Path, out_path: Path, text_column, **place) -> None:
     """Copy IN.csv to OUT.csv, with label and probability added."""
     if out_path.exists() and (not out_path.is_file() or out_path.samefile(in_path)):
         raise DataError(f"cannot write {out_path}: give a file other than {in_path}")
@@ -2247,18 +2199,16 @@ def _predict_command(
     predictions = Classifier.load(**place).predict([r[column or 0] for r in table.rows])
     names, added = table.names, ("label", "probability")
     names = [*names, *(f"predicted_{x}" if x in names else x for x in added)]
+    rows = ([*row, x.label, x.probability] for row, x in zip(table.rows, predictions))
     with _replacing(out_path) as file:
-        dialect = "excel-tab" if out_path.suffix.lower() == ".tsv" else "excel"
-        writer = csv.writer(file, dialect)
-        writer.writerow(names)
-        for row, found in zip(table.rows, predictions, strict=True):
-            writer.writerow([*row, found.label, found.probability])
+        writer = csv.writer(file, "excel-tab" if out_path.suffix == ".tsv" else "excel")
+        writer.writerows([names, *rows])
 
 
-@_command("serve", "--port 80", "run_dir", "models_dir", *ServeConfig.__annotations__)
-def _serve_command(run_dir: str | None, models_dir: str, **fields: Any) -> None:
+@_command("serve --port 80", "run_dir models_dir", *ServeConfig.__annotations__)
+def _serve_command(run_dir: str | None, models_dir: str, **parameters: Any) -> None:
     """Answer POST /predict {"x": ["text", ...]} until SIGTERM or Ctrl-C."""
-    serve(ServeConfig(**fields), run_dir, models_dir)
+    serve(ServeConfig(**parameters), run_dir, models_dir)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -2267,7 +2217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.setLevel(logging.INFO)
     args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
-        return _commands.main(args, _PROGRAM, standalone_mode=False) or 0
+        return _commands.main(args, "python bertflask.py", standalone_mode=False) or 0
     except click.Abort:
         click.echo("interrupted", err=True)
         return 130

@@ -2565,8 +2565,8 @@ def test_the_latest_config_may_be_edited_by_hand(run_dir, tmp_path, absolute):
     assert bertflask.Classifier.load(models_dir=tmp_path).labels
 
 
-WRITERS = ["_Run.golden_rows", "onnx_model", "_write_json", "_open_model",
-           "plot_confusion_matrix", "_Run.publish"]  # fmt: skip
+WRITERS = ["_manifest", "onnx_model", "_write_json", "_open_model",
+           "plot_confusion_matrix", "Path.rename"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WRITERS)
