@@ -12,6 +12,7 @@ import io
 import json
 import logging
 import os
+import queue
 import random
 import re
 import shutil
@@ -25,12 +26,14 @@ import tempfile
 import threading
 import time
 import zipfile
+import zlib
 from collections import Counter
 from concurrent import futures
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Semaphore
 from types import SimpleNamespace
 
 import h5py
@@ -40,6 +43,13 @@ import safetensors.numpy
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 from packaging.requirements import Requirement
 from sklearn import metrics
 
@@ -47,6 +57,7 @@ import bertflask
 from bertflask import (
     PRETRAINED,
     ArtifactError,
+    Batcher,
     DataError,
     DownloadError,
     Examples,
@@ -2690,6 +2701,538 @@ def test_the_trained_model_tells_plain_texts_apart(classifier):
         p.label for p in classifier.predict(["the cat", "sort python", "a red mat"])
     ]
     assert found == ["animal", "code", "colour"]
+
+
+# --- Batcher ---
+
+PLENTY = 1000  # permits, enough for a whole test
+BUG_WORDS = "S3cret"
+
+
+@dataclass(frozen=True, eq=False)
+class Toy(bertflask.Classifier):
+    """A model that tells what it runs and can be held there; it fails on "poison"."""
+
+    name: str = "toy"
+    labels: list = field(default_factory=lambda: ["a", "b"])
+    max_seq_len: int = 600
+    tokenizer: object = None
+    session: object = None
+    permits: threading.Semaphore = field(default_factory=lambda: Semaphore(PLENTY))
+    entered: queue.Queue = field(default_factory=queue.Queue)  # batches, as texts
+    ran: list = field(default_factory=list)  # the same, to look at
+
+    def encode(self, texts):
+        mark = 2 + sum(self.name.encode())  # the ids of one model are no other's
+        return [np.array([mark, *text.encode()]) for text in texts], [False] * len(
+            texts
+        )
+
+    def run(self, token_ids):
+        texts = [bytes(ids[1:].tolist()).decode() for ids in token_ids]
+        assert [[*x] for x in self.encode(texts)[0]] == [[*x] for x in token_ids]
+        self.ran.append(texts)
+        self.entered.put(texts)
+        assert self.permits.acquire(timeout=60)
+        if "poison" in texts:
+            raise ValueError(BUG_WORDS)
+        return np.array([self.row(text) for text in texts])
+
+    def row(self, text):
+        share = zlib.crc32(text.encode()) / 2**33
+        return [share, 1 - share] if len(text) % 2 else [1 - share, share]
+
+    def expect(self, texts, top_k=1):
+        rows = np.array([self.row(text) for text in texts])
+        return self.rank(rows, [False] * len(texts), top_k)
+
+    def free(self):
+        self.permits.release(PLENTY)
+
+
+def held_toy(name="toy", **fields):
+    return Toy(name, permits=Semaphore(0), **fields)
+
+
+def tokens(text):
+    return 1 + len(text)
+
+
+class Asked:
+    """A request to a Batcher in a thread; returns when it waits or is answered."""
+
+    def __init__(self, batcher, texts, **options):
+        self.gone, self.waits = threading.Event(), threading.Event()
+        self.texts, self.answer = texts, futures.Future()
+        options.setdefault("is_gone", self.is_gone)
+        thread = threading.Thread(target=self.work, args=(batcher, options))
+        thread.start()
+        assert self.waits.wait(60)
+
+    def is_gone(self):
+        self.waits.set()
+        return self.gone.is_set()
+
+    def work(self, batcher, options):
+        try:
+            self.answer.set_result(batcher.predict(self.texts, **options))
+        except Exception as error:
+            self.answer.set_exception(error)
+        self.waits.set()
+
+    def status(self):
+        """200, the status of a refusal, or 0 if the model failed."""
+        error = self.answer.exception(60)
+        return 200 if error is None else getattr(error, "status", 0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_look():
+    """Whether a client has left is asked at once, so that the tests need no sleep."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bertflask, "_LOOK_S", 0.001, raising=False)
+        yield
+
+
+@pytest.fixture
+def batcher_of():
+    made = []
+
+    def make(toy, queue_tokens=10_000, cache_size=0):
+        batcher = Batcher(toy, bertflask._metrics(), queue_tokens, cache_size)
+        made.append((toy, batcher))
+        return batcher
+
+    yield make
+    for toy, batcher in made:
+        toy.free()
+        batcher.close()
+
+
+@pytest.fixture
+def toy():
+    """A held model."""
+    return held_toy()
+
+
+def sample(batcher, name, **labels):
+    return batcher.metrics.registry.get_sample_value(f"bertflask_{name}", labels)
+
+
+def test_a_lone_request_does_not_wait_for_company(batcher_of):
+    batcher, seconds = batcher_of(Toy()), []
+    for i in range(20):
+        began = time.monotonic()
+        batcher.predict([f"text {i}"])
+        seconds.append(time.monotonic() - began)
+    assert min(seconds) < 0.003
+
+
+def test_what_came_meanwhile_is_one_batch(batcher_of, toy):
+    batcher = batcher_of(toy)
+    asked = [Asked(batcher, [text]) for text in ("first", "x", "yy", "z")]
+    toy.free()
+    assert [one.answer.result(60) for one in asked] == [
+        toy.expect(one.texts) for one in asked
+    ]
+    assert [sorted(batch) for batch in toy.ran] == [["first"], ["x", "yy", "z"]]
+
+
+def test_a_batch_holds_texts_of_similar_length_under_a_budget(batcher_of, toy):
+    batcher = batcher_of(toy)
+    texts = [f"{i:0>{10 if i % 3 else 400}}" for i in range(300)]
+    first, second = Asked(batcher, ["first"]), Asked(batcher, texts)
+    toy.free()
+    assert second.answer.result(60) == toy.expect(texts)
+    budget = bertflask._BATCH_TOKENS
+    assert all(len({len(x) for x in batch}) == 1 for batch in toy.ran)
+    assert all(sum(map(tokens, batch)) <= budget for batch in toy.ran)
+    assert len(toy.ran) <= 1 + 3 + 50 and first.status() == 200
+
+
+def test_a_text_over_the_budget_is_a_batch_of_its_own(batcher_of):
+    long = ["x" * bertflask._BATCH_TOKENS, "y" * bertflask._BATCH_TOKENS]
+    toy = Toy()
+    assert batcher_of(toy).predict(long) == toy.expect(long)
+    assert sorted(toy.ran) == [[long[0]], [long[1]]]
+
+
+def test_a_short_request_passes_the_rest_of_a_long_one(batcher_of, toy):
+    batcher = batcher_of(toy, queue_tokens=100_000)
+    long = Asked(batcher, [f"{i:0>500}" for i in range(60)])
+    short = Asked(batcher, ["short"])
+    toy.free()
+    assert (short.status(), long.status()) == (200, 200)
+    assert toy.ran.index(["short"]) < 20 < len(toy.ran)
+
+
+def test_the_rest_of_a_long_request_is_not_passed_for_ever(batcher_of, toy):
+    batcher = batcher_of(toy, queue_tokens=100_000)
+    asked = [Asked(batcher, ["first"]), Asked(batcher, ["x" * 500, "y" * 500])]
+    asked += [Asked(batcher, [f"{i:0>300}"]) for i in range(90)]
+    toy.free()
+    assert [one.status() for one in asked] == [200] * len(asked)
+    places = [i for i, batch in enumerate(toy.ran) if len(batch[0]) == 500]
+    assert max(places) < len(toy.ran) - 1
+
+
+def test_equal_texts_in_flight_are_computed_once(batcher_of, toy):
+    batcher = batcher_of(toy)
+    asked = [Asked(batcher, ["x", "y", "x"]) for _ in range(3)]
+    toy.free()
+    assert [one.answer.result(60) for one in asked] == [toy.expect(["x", "y", "x"])] * 3
+    assert [sorted(batch) for batch in toy.ran] == [["x", "y"]]
+
+
+def test_equal_texts_may_be_asked_with_another_top_k(batcher_of, toy):
+    batcher = batcher_of(toy)
+    asked = [Asked(batcher, ["x"], top_k=top_k) for top_k in (1, 2)]
+    toy.free()
+    found = [one.answer.result(60)[0].top_k for one in asked]
+    assert [len(rows) for rows in found] == [1, 2] and toy.ran == [["x"]]
+
+
+@pytest.mark.parametrize(
+    "cache_size, computed",
+    [
+        (0, "a b a c a b".split()),
+        (1, "a b a c a b".split()),
+        (2, "a b c b".split()),
+        (3, "a b c".split()),
+    ],
+)
+def test_the_cache_forgets_what_was_asked_for_longest_ago(
+    batcher_of, cache_size, computed
+):
+    toy = Toy()
+    batcher = batcher_of(toy, cache_size=cache_size)
+    found = [batcher.predict([text]) for text in "a b a c a b".split()]
+    assert found == [toy.expect([text]) for text in "a b a c a b".split()]
+    assert toy.ran == [[text] for text in computed]
+    assert sample(batcher, "cache_hits_total") == 6 - len(computed)
+
+
+def test_a_failure_is_not_remembered(batcher_of):
+    toy = Toy()
+    batcher = batcher_of(toy, cache_size=9)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=BUG_WORDS):
+            batcher.predict(["poison"])
+    assert toy.ran == [["poison"]] * 2
+
+
+def test_a_text_that_makes_the_model_fail_fails_alone(batcher_of, toy):
+    batcher = batcher_of(toy)
+    asked = [Asked(batcher, x) for x in (["first"], ["x", "y"], ["poison"], ["z"])]
+    toy.free()
+    assert [one.status() for one in asked] == [200, 200, 0, 200]
+    assert batcher.predict(["later"]) == toy.expect(["later"])
+
+
+@pytest.mark.parametrize("n_waiting, status", [(8, 200), (9, 429)])
+def test_the_queue_takes_tokens_up_to_its_bound(batcher_of, toy, n_waiting, status):
+    batcher = batcher_of(toy, queue_tokens=20)
+    asked = [Asked(batcher, x) for x in (["first"], ["1" * 10], ["2" * n_waiting])]
+    assert sample(batcher, "queue_tokens") == (20 if status == 200 else 11)
+    toy.free()
+    assert [one.status() for one in asked] == [200, 200, status]
+
+
+def test_a_request_larger_than_the_queue_is_taken_when_that_is_empty(batcher_of, toy):
+    batcher = batcher_of(toy, queue_tokens=20)
+    asked = [Asked(batcher, x) for x in (["first"], ["x" * 50, "y" * 50], ["z"])]
+    toy.free()
+    assert [one.status() for one in asked] == [200, 200, 429]
+
+
+def test_a_full_queue_still_answers_what_is_remembered_or_under_way(batcher_of, toy):
+    batcher = batcher_of(toy, queue_tokens=10, cache_size=9)
+    toy.permits.release()
+    old = Asked(batcher, ["old"])
+    assert old.status() == 200
+    asked = [Asked(batcher, [x]) for x in ("first", "x" * 9, "old", "first", "x" * 9)]
+    toy.free()
+    assert [one.status() for one in asked] == [200] * 5
+
+
+def test_a_request_of_which_a_part_does_not_fit_leaves_nothing(batcher_of, toy):
+    batcher = batcher_of(toy, queue_tokens=10)
+    asked = [Asked(batcher, x) for x in (["first"], ["x"], ["y", "z" * 20])]
+    toy.free()
+    assert [one.status() for one in asked] == [200, 200, 429]
+    assert toy.ran == [["first"], ["x"]]
+
+
+def test_a_request_in_the_queue_ends_at_its_deadline(batcher_of, toy):
+    batcher = batcher_of(toy)
+    first = Asked(batcher, ["first"])
+    late = Asked(batcher, ["late"], deadline=time.monotonic() + 0.05)
+    assert late.status() == 504
+    toy.free()
+    assert first.status() == 200 and batcher.predict(["next"])
+    assert toy.ran == [["first"], ["next"]]
+
+
+# BUG: what is remembered is answered past the deadline, so with a deadline of 0 too.
+@pytest.mark.parametrize("text", ["new", "old"])
+def test_a_request_past_its_deadline_is_a_504_and_costs_nothing(batcher_of, text):
+    toy = Toy()
+    batcher = batcher_of(toy, cache_size=9)
+    batcher.predict(["old"])
+    asked = [Asked(batcher, [text], deadline=time.monotonic() - 1) for _ in range(50)]
+    assert {one.status() for one in asked} == {504}
+    assert toy.ran == [["old"]]
+
+
+def test_a_client_that_is_gone_is_not_computed(batcher_of, toy):
+    batcher = batcher_of(toy)
+    asked = [Asked(batcher, [text]) for text in ("first", "gone", "stays")]
+    asked[1].gone.set()
+    assert asked[1].status() == 499
+    toy.free()
+    assert (asked[0].status(), asked[2].status()) == (200, 200)
+    assert toy.ran == [["first"], ["stays"]]
+
+
+def test_a_text_that_another_waits_for_is_computed_though_one_left(batcher_of, toy):
+    batcher = batcher_of(toy)
+    asked = [Asked(batcher, [text]) for text in ("first", "x", "x")]
+    asked[1].gone.set()
+    assert asked[1].status() == 499
+    toy.free()
+    assert asked[2].answer.result(60) == toy.expect(["x"])
+
+
+def test_a_text_is_asked_for_again_after_all_have_left(batcher_of, toy):
+    batcher = batcher_of(toy)
+    asked = [Asked(batcher, [text]) for text in ("first", "x")]
+    asked[1].gone.set()
+    assert asked[1].status() == 499
+    again = Asked(batcher, ["x"])
+    toy.free()
+    assert (again.status(), toy.ran) == (200, [["first"], ["x"]])
+
+
+# BUG: an empty batch sets the time when it began and nothing clears that, so that a
+# server without requests is "stuck", 503, after _STUCK_S.
+def test_a_batcher_from_whose_queue_all_have_left_is_working(
+    batcher_of, toy, monkeypatch
+):
+    batcher = batcher_of(toy)
+    asked = [Asked(batcher, [text]) for text in ("first", "gone")]
+    asked[1].gone.set()
+    assert asked[1].status() == 499
+    toy.free()
+    assert asked[0].status() == 200
+    until(lambda: sample(batcher, "queue_tokens") == 0)
+    monkeypatch.setattr(bertflask, "_STUCK_S", 0)  # any batch that runs takes too long
+    assert batcher.is_working()
+
+
+def test_a_batcher_stuck_in_a_batch_is_not_working(batcher_of, toy, monkeypatch):
+    batcher = batcher_of(toy)
+    asked = Asked(batcher, ["first"])
+    assert batcher.is_working()
+    monkeypatch.setattr(bertflask, "_STUCK_S", 0)
+    assert not batcher.is_working()
+    toy.free()
+    assert asked.status() == 200
+    until(batcher.is_working)
+
+
+def test_after_a_swap_each_model_answers_what_it_accepted(batcher_of, toy):
+    batcher, new = batcher_of(toy), Toy("new")
+    asked = [Asked(batcher, x) for x in (["first"], ["x", "y"])]
+    batcher.swap(new)
+    asked += [Asked(batcher, ["x", "z"])]
+    toy.free()
+    found = [one.answer.result(60) for one in asked]
+    assert found[:2] == [toy.expect(["first"]), toy.expect(["x", "y"])]
+    assert found[2] == new.expect(["x", "z"])
+    assert (batcher.name, batcher.labels) == ("new", new.labels)
+
+
+def test_what_the_old_model_computes_is_not_remembered_for_the_new(batcher_of, toy):
+    batcher, new = batcher_of(toy, cache_size=9), Toy("new")
+    old = Asked(batcher, ["x"])
+    batcher.swap(new)
+    toy.free()
+    assert old.answer.result(60) == toy.expect(["x"])
+    assert batcher.predict(["x"]) == new.expect(["x"])
+    assert batcher.predict(["x"]) == new.expect(["x"])
+    assert (toy.ran, new.ran) == ([["x"]], [["x"]])
+
+
+def test_close_answers_all_that_was_accepted(batcher_of, toy):
+    batcher = batcher_of(toy)
+    asked = [Asked(batcher, [text]) for text in ("first", "x" * 40, "y")]
+    closing = threading.Thread(target=batcher.close)
+    closing.start()
+    assert closing.is_alive()
+    toy.free()
+    closing.join(60)
+    assert [one.status() for one in asked] == [200] * 3
+    assert not closing.is_alive() and not batcher.is_working()
+
+
+def until(condition):
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def test_the_metrics_of_a_batch_count_texts_tokens_and_padding(batcher_of, toy):
+    batcher = batcher_of(toy)
+    asked = [Asked(batcher, [text]) for text in ("first", "x", "yyy")]
+    assert sample(batcher, "queue_tokens") == 6
+    toy.free()
+    assert [one.status() for one in asked] == [200] * 3
+    names = "queue_seconds_count batch_texts_sum batch_tokens_sum padding_share_sum"
+    assert [sample(batcher, name) for name in names.split()] == [3, 3, 14, 0.25]
+    assert sample(batcher, "queue_tokens") == 0
+
+
+@settings(max_examples=40, stateful_step_count=40)
+class BatcherLaws(RuleBasedStateMachine):
+    """Requests to a held model, one rule at a time; what must be, in `waiting` etc.
+
+    A key is a model and a text; `waiting` and `running` say which requests want it.
+    """
+
+    bound = 24
+    texts = st.lists(st.sampled_from("a b cc dddd eeeeeeee poison".split()), min_size=1)
+
+    @initialize(cache_size=st.sampled_from([0, 100]))
+    def begin(self, cache_size):
+        self.toys, self.cache_size, self.cached = [held_toy("0")], cache_size, set()
+        sizes = self.bound, cache_size
+        self.batcher = Batcher(self.toys[0], bertflask._metrics(), *sizes)
+        self.waiting, self.running, self.alone = {}, {}, {}
+        self.open = []  # requests that wait
+
+    @rule(texts=texts.map(lambda texts: texts[:4]), is_late=st.booleans())
+    def ask(self, texts, is_late):
+        texts = sorted(texts, key="poison".__eq__)  # so nothing ends before its rest
+        keys = {(self.toys[-1], text) for text in texts}
+        known = {*self.running, *self.alone, *self.cached, *self.waiting}
+        is_late = is_late and bool(self.running) and not keys <= self.cached
+        options = {"deadline": time.monotonic() - 1} if is_late else {}
+        asked = Asked(self.batcher, texts, **options)
+        asked.toy, asked.left = self.toys[-1], keys - self.cached
+        before = sum(tokens(text) for _, text in self.waiting)
+        total = before + sum(tokens(text) for _, text in keys - known)
+        is_full = before > 0 and bool(keys - known) and total > self.bound
+        if is_full or is_late:
+            assert asked.status() in [429] * is_full + [504] * is_late
+            if is_late and asked.status() == 504:
+                self.accept(asked, keys - known)
+                self.drop(asked)
+        elif asked.left:
+            self.accept(asked, keys - known)
+            self.open.append(asked)
+            self.take()
+        else:
+            self.check(asked)
+
+    def accept(self, asked, new):
+        self.waiting |= {key: set() for key in new}
+        for key in asked.left:
+            for place in (self.waiting, self.running, self.alone):
+                key in place and place[key].add(asked)
+
+    def drop(self, asked):
+        for place in (self.waiting, self.running, self.alone):
+            for wanted in place.values():
+                wanted.discard(asked)
+
+    def take(self):
+        """What the model has got, if anything waits and the model had nothing."""
+        if self.running:
+            return
+        if not (self.alone or any(self.waiting.values())):
+            self.waiting = {}  # those for whom nobody waits
+            return until(lambda: sample(self.batcher, "queue_tokens") == 0)
+        source = self.alone or {key: x for key, x in self.waiting.items() if x}
+        toys = {toy for toy, _ in source}
+        until(lambda: any(not toy.entered.empty() for toy in toys))
+        (toy,) = [toy for toy in toys if not toy.entered.empty()]
+        keys = [(toy, text) for text in toy.entered.get()]
+        assert len({*keys}) == len(keys) and {*keys} <= {*source}
+        if self.alone:
+            assert len(keys) == 1
+        else:
+            assert {key for key in source if key[0] is toy} == {*keys}
+            self.waiting = {key: x for key, x in self.waiting.items() if x}
+        place = self.alone or self.waiting
+        self.running = {key: place.pop(key) for key in keys}
+
+    @precondition(lambda self: self.running)
+    @rule()
+    def finish_a_batch(self):
+        ((toy, *_),) = {(key[0],) for key in self.running}
+        done, self.running = self.running, {}
+        toy.permits.release()
+        if (toy, "poison") in done and len(done) > 1:
+            self.alone = done
+        else:
+            self.settle(toy, {*done})
+        self.take()
+        if not self.running:
+            self.flush()
+
+    def flush(self):
+        """Returns when the batch is over, which no request tells if all have left."""
+        toy, text = self.toys[-1], f"flush {len(self.toys[-1].ran)}"
+        toy.permits.release()
+        assert Asked(self.batcher, [text]).answer.result(60) == toy.expect([text])
+        assert toy.entered.get() == [text]
+        self.cached |= {(toy, text)} if self.cache_size else set()
+
+    def settle(self, toy, keys):
+        is_kept = self.cache_size and toy is self.toys[-1]
+        self.cached |= {key for key in keys if is_kept and key[1] != "poison"}
+        for asked in [*self.open]:
+            asked.left -= keys
+            if not asked.left:
+                self.check(asked)
+                self.open.remove(asked)
+
+    def check(self, asked):
+        if "poison" in asked.texts:
+            assert str(asked.answer.exception(60)) == BUG_WORDS
+        else:
+            assert asked.answer.result(60) == asked.toy.expect(asked.texts)
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
+    def leave(self, data):
+        asked = self.open.pop(data.draw(st.integers(0, len(self.open) - 1)))
+        asked.gone.set()
+        assert asked.status() == 499
+        self.drop(asked)
+
+    @rule()
+    def swap(self):
+        self.toys.append(held_toy(str(len(self.toys))))
+        self.batcher.swap(self.toys[-1])
+        self.cached = set()
+
+    @invariant()
+    def nobody_is_answered_early_and_the_queue_is_as_long_as_it_should_be(self):
+        assert not any(asked.answer.done() for asked in self.open)
+        expected = sum(tokens(text) for _, text in self.waiting)
+        assert sample(self.batcher, "queue_tokens") == expected
+
+    def teardown(self):
+        for toy in getattr(self, "toys", ()):
+            toy.free()
+        self.batcher.close()
+        for asked in self.open:
+            self.check(asked)
+
+
+TestBatcherLaws = BatcherLaws.TestCase
 
 
 # === 12. HTTP ===
