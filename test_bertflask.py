@@ -5,6 +5,7 @@ import contextlib
 import csv
 import dataclasses
 import functools
+import gc
 import hashlib
 import http.client
 import importlib.metadata
@@ -25,6 +26,7 @@ import tarfile
 import tempfile
 import threading
 import time
+import weakref
 import zipfile
 import zlib
 from collections import Counter
@@ -37,6 +39,7 @@ from threading import Semaphore
 from types import SimpleNamespace
 
 import h5py
+import jsonschema_rs
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -51,6 +54,7 @@ from hypothesis.stateful import (
     rule,
 )
 from packaging.requirements import Requirement
+from prometheus_client.parser import text_string_to_metric_families
 from sklearn import metrics
 
 import bertflask
@@ -2736,6 +2740,8 @@ class Toy(bertflask.Classifier):
         assert self.permits.acquire(timeout=60)
         if "poison" in texts:
             raise ValueError(BUG_WORDS)
+        if "exit" in texts:
+            raise SystemExit
         return np.array([self.row(text) for text in texts])
 
     def row(self, text):
@@ -2764,7 +2770,6 @@ class Asked:
     def __init__(self, batcher, texts, **options):
         self.gone, self.waits = threading.Event(), threading.Event()
         self.texts, self.answer = texts, futures.Future()
-        options.setdefault("is_gone", self.is_gone)
         thread = threading.Thread(target=self.work, args=(batcher, options))
         thread.start()
         assert self.waits.wait(60)
@@ -2773,9 +2778,12 @@ class Asked:
         self.waits.set()
         return self.gone.is_set()
 
-    def work(self, batcher, options):
+    def call(self, batcher, **options):
+        return batcher.predict(self.texts, **options)
+
+    def work(self, target, options):
         try:
-            self.answer.set_result(batcher.predict(self.texts, **options))
+            self.answer.set_result(self.call(target, is_gone=self.is_gone, **options))
         except Exception as error:
             self.answer.set_exception(error)
         self.waits.set()
@@ -2800,12 +2808,12 @@ def batcher_of():
 
     def make(toy, queue_tokens=10_000, cache_size=0):
         batcher = Batcher(toy, bertflask._metrics(), queue_tokens, cache_size)
-        made.append((toy, batcher))
+        made.append((toy.permits.release, batcher))
         return batcher
 
     yield make
-    for toy, batcher in made:
-        toy.free()
+    for free, batcher in made:
+        free(PLENTY)
         batcher.close()
 
 
@@ -3063,6 +3071,16 @@ def test_what_the_old_model_computes_is_not_remembered_for_the_new(batcher_of, t
     assert (toy.ran, new.ran) == ([["x"]], [["x"]])
 
 
+def test_after_a_swap_nothing_keeps_the_old_model(batcher_of):
+    batcher = batcher_of(Toy(), cache_size=9)
+    old = weakref.ref(batcher.classifier)
+    batcher.predict(["x"])
+    batcher.swap(Toy("new"))
+    assert batcher.predict(["x"])[0].model == "new"
+    gc.collect()
+    assert old() is None
+
+
 def test_close_answers_all_that_was_accepted(batcher_of, toy):
     batcher = batcher_of(toy)
     asked = [Asked(batcher, [text]) for text in ("first", "x" * 40, "y")]
@@ -3239,6 +3257,8 @@ TestBatcherLaws = BatcherLaws.TestCase
 
 KEYS = "endpoint response status_code response_time user_ip user_agent request_id"
 LABELS = ["a", "né", "日本", "x y", "\u202e"]
+DEADLINE = "X-Request-Deadline-Ms"
+PATHS = "/predict /health_check /readyz /metrics /openapi.json".split()
 
 
 @dataclass
@@ -3569,6 +3589,414 @@ def test_any_path_and_host_get_json(limited_client, path, host):
     response = limited_client.get("/", environ_overrides=environ)
     assert response.status_code < 500 and response.is_json
 
+
+# --- the limits, the keys and the state of create_app ---
+
+
+class Posted(Asked):
+    """A request to an application in a thread; returns when it waits or is answered."""
+
+    def call(self, app, is_gone, **options):
+        environ = {"waitress.client_disconnected": is_gone}
+        body, client = {"x": self.texts}, app.test_client()
+        return post(client, body, environ_overrides=environ, **options)
+
+    def status(self):
+        return self.answer.result(60).status_code
+
+
+@pytest.fixture
+def app_of(monkeypatch):
+    monkeypatch.delenv("BERTFLASK_API_KEYS", raising=False)
+    toys = []
+
+    def make(toy, **limits):
+        toys.append(toy)
+        return create_app(toy, **limits)
+
+    yield make
+    for toy in toys:
+        toy.free()
+
+
+def assert_is_a_429(response):
+    assert (response.status_code, response.json["error"]["code"]) == (429, "queue_full")
+    assert re.fullmatch("[1-9][0-9]*", response.headers["Retry-After"])
+
+
+def test_a_full_queue_is_a_429(app_of, toy):
+    app = app_of(toy, queue_tokens=10)
+    asked = [Posted(app, [text]) for text in ("first", "x" * 9, "y")]
+    assert_is_a_429(asked.pop().answer.result(60))
+    toy.free()
+    assert [one.status() for one in asked] == [200, 200]
+
+
+def test_more_requests_at_once_than_allowed_are_a_429(app_of, toy):
+    app = app_of(toy, max_requests=2)
+    asked = [Posted(app, [text]) for text in "xyz"]
+    assert_is_a_429(asked.pop().answer.result(60))
+    toy.free()
+    assert [one.status() for one in asked] == [200, 200]
+    assert post(app.test_client(), {"x": ["later"]}).status_code == 200
+
+
+def test_retry_after_grows_with_what_waits(app_of, toy):
+    app = app_of(toy, queue_tokens=60_000)
+    asked = [Posted(app, x) for x in (["first"], [f"{i:0>999}" for i in range(60)])]
+    refused = Posted(app, ["x"]).answer.result(60)
+    assert_is_a_429(refused)
+    assert int(refused.headers["Retry-After"]) >= 2
+    toy.free()
+    assert [one.status() for one in asked] == [200, 200]
+
+
+@pytest.mark.parametrize("body", [b"{", {"x": []}, {"x": ["poison"]}])
+def test_a_request_that_fails_frees_its_place(app_of, body):
+    client = app_of(Toy(), max_requests=1).test_client()
+    assert post(client, body).status_code >= 400
+    assert post(client, {"x": ["a"]}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "value", ["", "x", "-1", "+1", "1.5", "1e3", "0x1", "1 2", "\xb2", "9" * 10]
+)
+def test_a_deadline_that_is_no_number_is_a_422(app_of, value):
+    client = app_of(Toy()).test_client()
+    response = post(client, {"x": ["a"]}, headers={DEADLINE: value})
+    assert response.status_code == 422
+    assert response.json["error"]["field"] == DEADLINE
+
+
+@pytest.mark.parametrize("limit, value", [(30, "30"), (0.03, "60000"), (0.03, None)])
+def test_a_deadline_is_the_shorter_of_flag_and_header(app_of, toy, limit, value):
+    app, began = app_of(toy, deadline=limit), time.monotonic()
+    asked = Posted(app, ["a"], headers={DEADLINE: value} if value else {})
+    assert asked.status() == 504
+    assert asked.answer.result().json["error"]["code"] == "deadline_passed"
+    assert 0.03 <= time.monotonic() - began < 20
+
+
+def test_a_deadline_of_0_is_a_504(app_of, toy):
+    app = app_of(toy)
+    first = Posted(app, ["first"])
+    assert Posted(app, ["a"], headers={DEADLINE: "0"}).status() == 504
+    toy.free()
+    assert (first.status(), Posted(app, ["b"]).status()) == (200, 200)
+    assert toy.ran == [["first"], ["b"]]
+
+
+def test_a_client_that_left_is_no_bug_and_not_computed(app_of, toy, caplog):
+    app = app_of(toy)
+    asked = [Posted(app, [text]) for text in ("first", "gone", "stays")]
+    asked[1].gone.set()
+    assert asked[1].status() == 499
+    toy.free()
+    assert (asked[0].status(), asked[2].status()) == (200, 200)
+    assert toy.ran == [["first"], ["stays"]] and "Error" not in caplog.text
+
+
+def test_a_text_that_fails_is_a_500_and_its_neighbours_are_answered(app_of, toy):
+    app = app_of(toy)
+    asked = [Posted(app, x) for x in (["first"], ["x"], ["poison"], ["y"])]
+    toy.free()
+    assert [one.status() for one in asked] == [200, 200, 500, 200]
+    assert BUG_WORDS not in asked[2].answer.result().text
+
+
+@pytest.mark.parametrize(
+    "limit, body, status, code",
+    [
+        ({"max_body_bytes": 11}, {"x": ["a"]}, 413, "body_too_large"),
+        ({"max_texts": 1}, {"x": ["a", "b"]}, 422, "too_long"),
+        ({"max_characters": 1}, {"x": ["aa"]}, 422, "string_too_long"),
+        ({"max_top_k": 1}, {"x": ["a"], "top_k": 2}, 422, "less_than_equal"),
+        ({}, {"x": ["a"], "top_k": 3}, 422, "less_than_equal"),
+    ],
+)
+def test_every_limit_has_an_error_of_its_own(app_of, limit, body, status, code):
+    response = post(app_of(Toy(), **limit).test_client(), body)
+    assert (response.status_code, response.json["error"]["code"]) == (status, code)
+
+
+@pytest.fixture
+def key_file(tmp_path):
+    (tmp_path / "keys").write_text("k3y-one\n\n  k3y-two  \n")
+    return str(tmp_path / "keys")
+
+
+def status_with(client, path, given):
+    headers = {} if given is None else {"Authorization": given}
+    method = client.post if path == "/predict" else client.get
+    return method(path, json={"x": ["a"]}, headers=headers).status_code
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("key", ["k3y-one", "k3y-two"])
+def test_each_key_of_a_file_opens_every_route(app_of, key_file, path, key):
+    client = app_of(Toy(), api_keys=key_file).test_client()
+    assert status_with(client, path, f"Bearer {key}") == 200
+
+
+@pytest.mark.parametrize(
+    "given",
+    [None, "", "k3y-one", "Bearer", "Bearer ", "Bearer k3y", "Bearer k3y-one2"]
+    + ["Bearer k3y-one k3y-two", "Basic k3y-one", "Bearer \xe9\xff", "Bearer K3Y-ONE"],
+)
+@pytest.mark.parametrize("path", [*PATHS, "/nowhere"])
+def test_without_a_key_nothing_is_answered(app_of, key_file, path, given):
+    client = app_of(Toy(), api_keys=key_file).test_client()
+    assert status_with(client, path, given) == 401
+
+
+def test_a_401_says_what_to_send_and_never_a_key(app_of, key_file, caplog):
+    caplog.set_level(logging.DEBUG)
+    client = app_of(Toy(), api_keys=key_file).test_client()
+    response = client.get("/readyz", headers={"Authorization": "Bearer wr0ng"})
+    assert response.headers["WWW-Authenticate"] == "Bearer"
+    assert response.json["error"]["code"] == "unauthorized"
+    assert not re.search("k3y|wr0ng", response.text + caplog.text)
+
+
+@pytest.mark.parametrize("given, status", [("Bearer b", 200), (None, 401), ("b", 401)])
+def test_keys_may_come_from_the_environment(app_of, monkeypatch, given, status):
+    app_of(Toy())  # which takes the variable away
+    monkeypatch.setenv("BERTFLASK_API_KEYS", "a b")
+    client = create_app(Toy()).test_client()
+    assert status_with(client, "/predict", given) == status
+
+
+def test_no_key_is_needed_if_none_is_set(app_of, monkeypatch):
+    monkeypatch.setenv("BERTFLASK_API_KEYS", " ")
+    assert status_with(create_app(Toy()).test_client(), "/predict", None) == 200
+
+
+@pytest.mark.parametrize("content", ["", " \n\t\n"])
+def test_a_file_without_a_key_is_refused(app_of, tmp_path, content):
+    (tmp_path / "keys").write_text(content)
+    with pytest.raises(ServerError, match="has no API key"):
+        app_of(Toy(), api_keys=str(tmp_path / "keys"))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_open_health_needs_no_key_for_health_and_metrics_alone(app_of, key_file, path):
+    client = app_of(Toy(), api_keys=key_file, open_health=True).test_client()
+    is_open = path in ("/health_check", "/readyz", "/metrics")
+    assert status_with(client, path, None) == (200 if is_open else 401)
+
+
+@pytest.mark.parametrize(
+    "n_proxies, user_ip", [(0, "127.0.0.1"), (1, "3.3.3.3"), (2, "2.2.2.2")]
+)
+def test_forwarded_addresses_are_believed_behind_trusted_proxies_alone(
+    app_of, request_log, n_proxies, user_ip
+):
+    client = app_of(Toy(), trusted_proxies=n_proxies).test_client()
+    client.get("/readyz", headers={"X-Forwarded-For": "1.1.1.1, 2.2.2.2, 3.3.3.3"})
+    assert [entry["user_ip"] for entry in request_log()] == [user_ip]
+
+
+def readiness(app):
+    response = app.test_client().get("/readyz")
+    error = response.json.get("error")
+    return response.status_code, error["code"] if isinstance(error, dict) else error
+
+
+def test_a_server_with_its_model_is_ready(app_of):
+    answer = app_of(Toy()).test_client().get("/readyz")
+    assert answer.status_code == 200
+    assert answer.json == {"status": "ready", "model": "toy", "error": None}
+
+
+def test_a_server_whose_model_is_wedged_is_not_ready(app_of, toy, monkeypatch):
+    app = app_of(toy)
+    asked = Posted(app, ["a"])
+    assert readiness(app) == (200, None)
+    monkeypatch.setattr(bertflask, "_STUCK_S", 0)
+    assert readiness(app) == (503, "stuck")
+    assert app.test_client().get("/health_check").status_code == 200
+    toy.free()
+    assert asked.status() == 200
+    until(lambda: readiness(app) == (200, None))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_server_whose_batch_thread_died_is_not_ready(app_of):
+    app = app_of(Toy(), deadline=0.1)
+    assert Posted(app, ["exit"]).status() == 504
+    assert readiness(app) == (503, "stuck")
+
+
+def test_a_server_that_drains_is_not_ready_but_answers(app_of):
+    app = app_of(Toy())
+    app.extensions["bertflask"].draining = True
+    assert readiness(app) == (503, "draining")
+    assert Posted(app, ["a"]).status() == 200
+
+
+METRICS = {
+    "bertflask_requests": "counter",
+    "bertflask_request_seconds": "histogram",
+    "bertflask_queue_tokens": "gauge",
+    "bertflask_queue_seconds": "histogram",
+    "bertflask_batch_texts": "histogram",
+    "bertflask_batch_tokens": "histogram",
+    "bertflask_padding_share": "histogram",
+    "bertflask_cache_hits": "counter",
+    "bertflask_predictions": "counter",
+    "bertflask_top_probability": "histogram",
+    "bertflask_model_info": "gauge",
+    "bertflask_reloads": "counter",
+}
+
+
+def families(text):
+    return {x.name: x for x in text_string_to_metric_families(text)}
+
+
+def samples(text):
+    """Values by name, and by name and what the labels are."""
+    return {
+        " ".join([x.name, *x.labels.values()]): x.value
+        for family in text_string_to_metric_families(text)
+        for x in family.samples
+    }
+
+
+@pytest.fixture
+def used_app(app_of):
+    """An application that has answered this and that."""
+    app = app_of(Toy(), cache_size=9)
+    for body in ({"x": ["S3cret", "x", "x"]}, {"x": ["x"]}, {"x": "S3cret"}):
+        post(app.test_client(), body, headers={"User-Agent": "S3cret"})
+    app.test_client().get("/S3cret?S3cret=S3cret")
+    return app
+
+
+def test_metrics_are_prometheus_text(used_app):
+    response = used_app.test_client().get("/metrics")
+    assert response.headers["Content-Type"].startswith("text/plain; version=")
+    found = families(response.text)
+    assert {name: found[name].type for name in METRICS} == METRICS
+
+
+def test_every_metric_has_help_type_and_a_name_as_prometheus_wants_it(used_app):
+    text = used_app.test_client().get("/metrics").text
+    for family in families(text).values():
+        assert family.documentation and family.type != "unknown"
+        assert re.fullmatch("bertflask_[a-z_]+", family.name)
+        assert not re.search("milli|micro|minute|percent|kilo|ms$", family.name)
+        assert f"# HELP {family.name}" in text and f"# TYPE {family.name}" in text
+
+
+@pytest.mark.parametrize(
+    "sample, value",
+    [
+        ("requests_total /predict 200", 2),
+        ("requests_total /predict 422", 1),
+        ("requests_total None 404", 1),
+        ("request_seconds_count /predict", 3),
+        ("queue_tokens", 0),
+        ("queue_seconds_count", 2),
+        ("batch_texts_count", 1),
+        ("batch_texts_sum", 2),
+        ("batch_tokens_sum", 14),
+        ("padding_share_sum", 5 / 14),
+        ("cache_hits_total", 2),
+        ("predictions_total a", 1),
+        ("predictions_total b", 3),
+        ("top_probability_count", 4),
+        ("model_info toy", 1),
+    ],
+)
+def test_the_metrics_move_as_requests_are_answered(used_app, sample, value):
+    found = samples(used_app.test_client().get("/metrics").text)
+    assert found[f"bertflask_{sample}"] == pytest.approx(value)
+
+
+def test_metrics_name_the_model_that_answers_now_alone(used_app):
+    used_app.extensions["bertflask"].model.swap(Toy("new"))
+    text = used_app.test_client().get("/metrics").text
+    labels = [x.labels for x in families(text)["bertflask_model_info"].samples]
+    assert labels == [{"model": "new"}]
+
+
+def test_nothing_of_a_request_reaches_the_metrics(used_app):
+    assert "S3cret" not in used_app.test_client().get("/metrics").text
+
+
+# --- OpenAPI ---
+
+
+def validator(document, reference):
+    schema = {"$ref": reference, "components": document["components"]}
+    return jsonschema_rs.Draft202012Validator(schema)
+
+
+def schema_of(content):
+    return content["application/json"]["schema"]["$ref"]
+
+
+@pytest.fixture
+def document(used_app):
+    return used_app.test_client().get("/openapi.json").json
+
+
+def test_the_description_is_openapi_3_1_and_has_every_route(used_app, document):
+    routes = {rule.rule for rule in used_app.url_map.iter_rules()}
+    assert document["openapi"].startswith("3.1.")
+    assert document["paths"].keys() == routes == {*PATHS}
+    assert document["info"]["version"] == bertflask.__version__
+
+
+@pytest.mark.parametrize("body", [{"x": ["a", ""]}, {"x": ["é"], "top_k": 2}])
+def test_a_prediction_is_as_described(used_app, document, body):
+    route = document["paths"]["/predict"]["post"]
+    answer = post(used_app.test_client(), body).json
+    validator(document, schema_of(route["responses"]["200"]["content"])).validate(
+        answer
+    )
+    validator(document, schema_of(route["requestBody"]["content"])).validate(body)
+
+
+@pytest.mark.parametrize("path", ["/health_check", "/readyz"])
+def test_a_state_is_as_described(used_app, document, path):
+    content = document["paths"][path]["get"]["responses"]["200"]["content"]
+    answer = used_app.test_client().get(path).json
+    validator(document, schema_of(content)).validate(answer)
+
+
+@pytest.mark.parametrize(
+    "path, body",
+    [("/predict", b"{"), ("/predict", {"x": 1}), ("/predict", {"x": ["poison"]})],
+)
+def test_a_refusal_is_as_described(used_app, document, path, body):
+    content = document["paths"][path]["post"]["responses"]["default"]["content"]
+    response = post(used_app.test_client(), body)
+    assert response.status_code >= 400
+    validator(document, schema_of(content)).validate(response.json)
+
+
+@pytest.mark.parametrize(
+    "body", [{}, {"x": []}, {"x": "a"}, {"x": [1]}, {"x": ["a"], "top_k": 3}]
+    + [{"x": ["a"] * 1001}, {"x": ["a"], "top_k": 0}, {"x": ["a"], "top_k": "1"}],
+)  # fmt: skip
+def test_what_the_description_forbids_is_refused(used_app, document, body):
+    content = document["paths"]["/predict"]["post"]["requestBody"]["content"]
+    assert not validator(document, schema_of(content)).is_valid(body)
+    assert post(used_app.test_client(), body).status_code == 422
+
+
+def test_the_description_tells_of_keys_if_they_are_needed(app_of, key_file):
+    client = app_of(Toy(), api_keys=key_file).test_client()
+    headers = {"Authorization": "Bearer k3y-one"}
+    found = client.get("/openapi.json", headers=headers).json
+    (scheme,) = found["components"]["securitySchemes"].values()
+    assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
+    assert found["security"]
+
+
+# --- a started server ---
 
 # A classifier for which the texts "slow", "die" and "fail" do what they say.
 SCRIPT = """
