@@ -4089,7 +4089,9 @@ class Served:
         return client
 
     def is_refusing(self):
-        with contextlib.suppress(ConnectionRefusedError), self.connect():
+        address = "127.0.0.1", self.port
+        with contextlib.suppress(ConnectionRefusedError):
+            socket.create_connection(address).close()
             return False
         return True
 
@@ -4112,8 +4114,7 @@ class Served:
         self.process.stderr.close()
 
 
-def read_all(client, raw=b""):
-    client.sendall(raw)
+def read_all(client):
     return b"".join(iter(lambda: client.recv(65536), b""))
 
 
@@ -4253,7 +4254,7 @@ def latest(tmp_path):
         (tmp_path / "new").write_text(code)
         os.replace(tmp_path / "new", tmp_path / bertflask.LATEST)
 
-    write("name, labels = 'one', ['a1', 'b1']")
+    write("name, labels = 'one', ['aone', 'bone']")
     return write
 
 
@@ -4320,25 +4321,27 @@ def test_a_latest_file_that_is_gone_leaves_the_old_one_serving(
 
 
 def test_no_request_fails_while_models_are_swapped(reloading, latest):
+    answers = []
     with ThreadPoolExecutor() as pool:
-        clients = [pool.submit(ask_until_two, reloading, x) for x in range(4)]
-        for number in range(2, 8):
-            latest(f"name, labels = '{number}', ['a{number}', 'b{number}']")
+        clients = [pool.submit(keep_asking, reloading, answers) for _ in range(4)]
+        for name in [*"23456", "end"]:
+            latest(f"name, labels = '{name}', ['a{name}', 'b{name}']")
             os.kill(reloading.process.pid, signal.SIGHUP)
-            until(lambda name=str(number): reloading.ready()[1]["model"] == name)
-        latest("name, labels = 'end', ['aend', 'bend']")
-        answers = sum((client.result() for client in clients), [])
+            until(lambda name=name: name in models_of(answers))
+        assert not [client.result() for client in clients if client.exception()]
     assert {status for status, _ in answers} == {200}
-    named = {(x["model"].replace("one", "1"), x["predictions"][0]) for _, x in answers}
-    assert len(named) > 2 and all(label == f"b{name}" for name, label in named)
+    assert models_of(answers) >= {*"23456", "end"}
+    assert all(x["predictions"] == ["b" + x["model"][-3:]] for _, x in answers)
 
 
-def ask_until_two(server, number):
-    """The answers of a client that asks until the model named "end" gives one."""
-    answers = [server.post('{"x": ["a"]}')]
-    while answers[-1][0] == 200 and answers[-1][1]["model"] != "end":
-        answers.append(server.post(json.dumps({"x": [f"{number} {len(answers)}"]})))
-    return answers
+def models_of(answers):
+    return {answer.get("model") for _, answer in answers}
+
+
+def keep_asking(server, answers):
+    """A client that asks, until the model named "end" answers."""
+    while "end" not in models_of(answers[-9:]):
+        answers.append(server.post(json.dumps({"x": [str(len(answers))]})))
 
 
 def test_a_worker_killed_by_a_signal_is_replaced_and_the_log_says_why(start):
@@ -4359,9 +4362,23 @@ def test_a_worker_that_was_replaced_still_reloads_and_ends(start, latest, tmp_pa
     assert server.end() == 0
 
 
+# BUG: as soon as one dies the next is started, without a pause, for ever.
+def test_a_worker_that_cannot_come_back_does_not_flood_the_log(start, latest, tmp_path):
+    server = start("", "--models-dir", str(tmp_path))
+    server.wait_for("ready: ")
+    latest("raise bertflask.ArtifactError('no model')")
+    server.wait_for("one goes on")
+    with pytest.raises((ConnectionError, http.client.HTTPException)):
+        server.post('{"x": ["die"]}')
+    server.wait_for("error: no model")
+    time.sleep(1)
+    assert len(server.lines) < 20
+
+
 # --- overload, slow and rude clients ---
 
 
+# BUG: with --threads 1 those whom nobody refuses wait, unseen, for the only thread.
 @pytest.mark.parametrize(
     "flags, n_allowed",
     [
@@ -4416,8 +4433,13 @@ def test_slow_bodies_hold_no_thread(start):
         for part in (raw[:30], *(raw[i : i + 1] for i in range(30, len(raw) - 1))):
             send_each(clients, part)
         assert server.post('{"x": ["a"]}')[0] == 200
-        found = [read_all(client, raw[-1:]) for client in clients]
+        found = [finish(client, raw[-1:]) for client in clients]
     assert all(b" 200 " in answer.splitlines()[0] for answer in found)
+
+
+def finish(client, raw):
+    client.sendall(raw)
+    return read_all(client)
 
 
 def send_each(clients, raw):
@@ -4518,6 +4540,7 @@ def test_a_second_signal_does_not_cut_the_drain(start):
 # --- what a proxy and schemathesis see ---
 
 
+# BUG: waitress takes X-Forwarded-For away (clear_untrusted_proxy_headers).
 def test_a_started_server_believes_a_trusted_proxy(start):
     server = start("pass", "--trusted-proxies", "1")
     server.post('{"x": ["a"]}', {"X-Forwarded-For": "1.1.1.1, 2.2.2.2"})
@@ -4532,17 +4555,27 @@ def test_a_started_server_believes_no_proxy_unasked(start):
     assert entry["user_ip"] == "127.0.0.1"
 
 
+# 504 is the answer to a deadline of 0, which the header's schema allows.
+SCHEMATHESIS = """
+import pathlib, schemathesis.cli
+line = 'not_a_server_error.expected-statuses = ["2xx", "3xx", "4xx", 504]'
+pathlib.Path("schemathesis.toml").write_text("[checks]\\n" + line)
+schemathesis.cli.schemathesis()
+"""
+
+
+# BUG: 2.0 is an integer for JSON Schema, but top_k: 2.0 is a 422.
 @pytest.mark.parametrize("key", [None, "k3y"])
 def test_schemathesis_finds_nothing(start, tmp_path, key):
+    flags = ["--max-texts", "20", "--max-characters", "50"]  # so that it is quick
     (tmp_path / "keys").write_text(key or "")
-    server = start("pass", *(("--api-keys", str(tmp_path / "keys")) if key else ()))
-    command = [Path(sys.executable).with_name("schemathesis"), "run", "--no-color"]
-    command += [f"http://127.0.0.1:{server.port}/openapi.json", "--seed", "1"]
-    command += "--checks all --max-examples 30 --max-failures 5".split()
+    flags += ["--api-keys", str(tmp_path / "keys")] if key else []
+    url = f"http://127.0.0.1:{start('pass', *flags).port}/openapi.json"
+    command = [sys.executable, "-c", SCHEMATHESIS, "run", url, "--no-color"]
+    command += "--seed 1 --checks all --max-examples 60 --max-failures 5".split()
     command += ["--header", f"Authorization: Bearer {key}"] if key else []
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert not [line for line in server.lines if '"status_code": 500' in line]
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
 
 
 # === 13. Command line ===
