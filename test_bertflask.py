@@ -5,6 +5,7 @@ import contextlib
 import csv
 import dataclasses
 import functools
+import gc
 import hashlib
 import http.client
 import importlib.metadata
@@ -12,6 +13,7 @@ import io
 import json
 import logging
 import os
+import queue
 import random
 import re
 import shutil
@@ -24,29 +26,42 @@ import tarfile
 import tempfile
 import threading
 import time
+import weakref
 import zipfile
+import zlib
 from collections import Counter
 from concurrent import futures
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Semaphore
 from types import SimpleNamespace
 
 import h5py
+import jsonschema_rs
 import numpy as np
 import pytest
 import safetensors.numpy
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 from packaging.requirements import Requirement
+from prometheus_client.parser import text_string_to_metric_families
 from sklearn import metrics
 
 import bertflask
 from bertflask import (
     PRETRAINED,
     ArtifactError,
+    Batcher,
     DataError,
     DownloadError,
     Examples,
@@ -2688,10 +2703,559 @@ def test_the_trained_model_tells_plain_texts_apart(classifier):
     assert found == ["animal", "code", "colour"]
 
 
+# --- Batcher ---
+
+PLENTY = 1000  # permits, enough for a whole test
+BUG_WORDS = "S3cret"
+
+
+@dataclass(frozen=True, eq=False)
+class Toy(bertflask.Classifier):
+    """A model that tells what it runs and can be held there; it fails on "poison"."""
+
+    name: str = "toy"
+    labels: list = field(default_factory=lambda: ["a", "b"])
+    max_seq_len: int = 600
+    tokenizer: object = None
+    session: object = None
+    permits: threading.Semaphore = field(default_factory=lambda: Semaphore(PLENTY))
+    entered: queue.Queue = field(default_factory=queue.Queue)  # batches, as texts
+    ran: list = field(default_factory=list)  # the same, to look at
+
+    def encode(self, texts):
+        mark = 2 + sum(self.name.encode())  # the ids of one model are no other's
+        return [np.array([mark, *text.encode()]) for text in texts], [False] * len(
+            texts
+        )
+
+    def run(self, token_ids):
+        texts = [bytes(ids[1:].tolist()).decode() for ids in token_ids]
+        assert [[*x] for x in self.encode(texts)[0]] == [[*x] for x in token_ids]
+        self.ran.append(texts)
+        self.entered.put(texts)
+        assert self.permits.acquire(timeout=60)
+        if "poison" in texts:
+            raise ValueError(BUG_WORDS)
+        if "exit" in texts:
+            raise SystemExit
+        return np.array([self.row(text) for text in texts])
+
+    def row(self, text):
+        share = zlib.crc32(text.encode()) / 2**33
+        return [share, 1 - share] if len(text) % 2 else [1 - share, share]
+
+    def expect(self, texts, top_k=1):
+        rows = np.array([self.row(text) for text in texts])
+        return self.rank(rows, [False] * len(texts), top_k)
+
+    def free(self):
+        self.permits.release(PLENTY)
+
+
+def held_toy(name="toy", **fields):
+    return Toy(name, permits=Semaphore(0), **fields)
+
+
+def tokens(text):
+    return 1 + len(text)
+
+
+class Asked:
+    """A request to a Batcher in a thread; returns when it waits or is answered."""
+
+    def __init__(self, batcher, texts, **options):
+        self.gone, self.waits = threading.Event(), threading.Event()
+        self.texts, self.answer = texts, futures.Future()
+        thread = threading.Thread(target=self.work, args=(batcher, options))
+        thread.start()
+        assert self.waits.wait(60)
+
+    def is_gone(self):
+        self.waits.set()
+        return self.gone.is_set()
+
+    def call(self, batcher, **options):
+        return batcher.predict(self.texts, **options)
+
+    def work(self, target, options):
+        try:
+            self.answer.set_result(self.call(target, is_gone=self.is_gone, **options))
+        except Exception as error:
+            self.answer.set_exception(error)
+        self.waits.set()
+
+    def status(self):
+        """200, the status of a refusal, or 0 if the model failed."""
+        error = self.answer.exception(60)
+        return 200 if error is None else getattr(error, "status", 0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_look():
+    """Whether a client has left is asked at once, so that the tests need no sleep."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bertflask, "_LOOK_S", 0.001, raising=False)
+        yield
+
+
+@pytest.fixture
+def batcher_of():
+    made = []
+
+    def make(toy, queue_tokens=10_000, cache_size=0):
+        batcher = Batcher(toy, bertflask._metrics(), queue_tokens, cache_size)
+        made.append((toy.permits.release, batcher))
+        return batcher
+
+    yield make
+    for free, batcher in made:
+        free(PLENTY)
+        batcher.close()
+
+
+@pytest.fixture
+def toy():
+    """A held model."""
+    return held_toy()
+
+
+def sample(batcher, name, **labels):
+    return batcher.metrics.registry.get_sample_value(f"bertflask_{name}", labels)
+
+
+def test_a_lone_request_does_not_wait_for_company(batcher_of):
+    batcher, seconds = batcher_of(Toy()), []
+    for i in range(20):
+        began = time.monotonic()
+        batcher.predict([f"text {i}"])
+        seconds.append(time.monotonic() - began)
+    assert min(seconds) < 0.003
+
+
+def test_what_came_meanwhile_is_one_batch(batcher_of, toy):
+    batcher = batcher_of(toy)
+    asked = [Asked(batcher, [text]) for text in ("first", "x", "yy", "z")]
+    toy.free()
+    assert [one.answer.result(60) for one in asked] == [
+        toy.expect(one.texts) for one in asked
+    ]
+    assert [sorted(batch) for batch in toy.ran] == [["first"], ["x", "yy", "z"]]
+
+
+def test_a_batch_holds_texts_of_similar_length_under_a_budget(batcher_of, toy):
+    batcher = batcher_of(toy)
+    texts = [f"{i:0>{10 if i % 3 else 400}}" for i in range(300)]
+    first, second = Asked(batcher, ["first"]), Asked(batcher, texts)
+    toy.free()
+    assert second.answer.result(60) == toy.expect(texts)
+    budget = bertflask._BATCH_TOKENS
+    assert all(len({len(x) for x in batch}) == 1 for batch in toy.ran)
+    assert all(sum(map(tokens, batch)) <= budget for batch in toy.ran)
+    assert len(toy.ran) <= 1 + 3 + 50 and first.status() == 200
+
+
+def test_a_text_over_the_budget_is_a_batch_of_its_own(batcher_of):
+    long = ["x" * bertflask._BATCH_TOKENS, "y" * bertflask._BATCH_TOKENS]
+    toy = Toy()
+    assert batcher_of(toy).predict(long) == toy.expect(long)
+    assert sorted(toy.ran) == [[long[0]], [long[1]]]
+
+
+def test_a_short_request_passes_the_rest_of_a_long_one(batcher_of, toy):
+    batcher = batcher_of(toy, queue_tokens=100_000)
+    long = Asked(batcher, [f"{i:0>500}" for i in range(60)])
+    short = Asked(batcher, ["short"])
+    toy.free()
+    assert (short.status(), long.status()) == (200, 200)
+    (place,) = [i for i, batch in enumerate(toy.ran) if "short" in batch]
+    assert place < 20 < len(toy.ran)
+
+
+def test_the_rest_of_a_long_request_is_not_passed_for_ever(batcher_of, toy):
+    batcher = batcher_of(toy, queue_tokens=100_000)
+    asked = [Asked(batcher, ["first"]), Asked(batcher, ["x" * 500, "y" * 500])]
+    asked += [Asked(batcher, [f"{i:0>300}"]) for i in range(90)]
+    toy.free()
+    assert [one.status() for one in asked] == [200] * len(asked)
+    places = [i for i, batch in enumerate(toy.ran) if len(batch[0]) == 500]
+    assert max(places) < len(toy.ran) - 1
+
+
+def test_equal_texts_in_flight_are_computed_once(batcher_of, toy):
+    batcher = batcher_of(toy)
+    asked = [Asked(batcher, ["x", "y", "x"]) for _ in range(3)]
+    toy.free()
+    assert [one.answer.result(60) for one in asked] == [toy.expect(["x", "y", "x"])] * 3
+    assert [sorted(batch) for batch in toy.ran] == [["x", "y"]]
+
+
+def test_equal_texts_may_be_asked_with_another_top_k(batcher_of, toy):
+    batcher = batcher_of(toy)
+    asked = [Asked(batcher, ["x"], top_k=top_k) for top_k in (1, 2)]
+    toy.free()
+    found = [one.answer.result(60)[0].top_k for one in asked]
+    assert [len(rows) for rows in found] == [1, 2] and toy.ran == [["x"]]
+
+
+@pytest.mark.parametrize(
+    "cache_size, computed",
+    [
+        (0, "a b a c a b".split()),
+        (1, "a b a c a b".split()),
+        (2, "a b c b".split()),
+        (3, "a b c".split()),
+    ],
+)
+def test_the_cache_forgets_what_was_asked_for_longest_ago(
+    batcher_of, cache_size, computed
+):
+    toy = Toy()
+    batcher = batcher_of(toy, cache_size=cache_size)
+    found = [batcher.predict([text]) for text in "a b a c a b".split()]
+    assert found == [toy.expect([text]) for text in "a b a c a b".split()]
+    assert toy.ran == [[text] for text in computed]
+    assert sample(batcher, "cache_hits_total") == 6 - len(computed)
+
+
+def test_a_failure_is_not_remembered(batcher_of):
+    toy = Toy()
+    batcher = batcher_of(toy, cache_size=9)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=BUG_WORDS):
+            batcher.predict(["poison"])
+    assert toy.ran == [["poison"]] * 2
+
+
+def test_a_text_that_makes_the_model_fail_fails_alone(batcher_of, toy):
+    batcher = batcher_of(toy)
+    asked = [Asked(batcher, x) for x in (["first"], ["x", "y"], ["poison"], ["z"])]
+    toy.free()
+    assert [one.status() for one in asked] == [200, 200, 0, 200]
+    assert batcher.predict(["later"]) == toy.expect(["later"])
+
+
+@pytest.mark.parametrize("n_waiting, status", [(8, 200), (9, 429)])
+def test_the_queue_takes_tokens_up_to_its_bound(batcher_of, toy, n_waiting, status):
+    batcher = batcher_of(toy, queue_tokens=20)
+    asked = [Asked(batcher, x) for x in (["first"], ["1" * 10], ["2" * n_waiting])]
+    assert sample(batcher, "queue_tokens") == (20 if status == 200 else 11)
+    toy.free()
+    assert [one.status() for one in asked] == [200, 200, status]
+
+
+def test_a_request_larger_than_the_queue_is_taken_when_that_is_empty(batcher_of, toy):
+    batcher = batcher_of(toy, queue_tokens=20)
+    asked = [Asked(batcher, x) for x in (["first"], ["x" * 50, "y" * 50], ["z"])]
+    toy.free()
+    assert [one.status() for one in asked] == [200, 200, 429]
+
+
+def test_a_full_queue_still_answers_what_is_remembered_or_under_way(batcher_of, toy):
+    batcher = batcher_of(toy, queue_tokens=10, cache_size=9)
+    toy.permits.release()
+    old = Asked(batcher, ["old"])
+    assert old.status() == 200
+    asked = [Asked(batcher, [x]) for x in ("first", "x" * 9, "old", "first", "x" * 9)]
+    toy.free()
+    assert [one.status() for one in asked] == [200] * 5
+
+
+def test_a_request_of_which_a_part_does_not_fit_leaves_nothing(batcher_of, toy):
+    batcher = batcher_of(toy, queue_tokens=10)
+    asked = [Asked(batcher, x) for x in (["first"], ["x"], ["y", "z" * 20])]
+    toy.free()
+    assert [one.status() for one in asked] == [200, 200, 429]
+    assert toy.ran == [["first"], ["x"]]
+
+
+def test_a_request_in_the_queue_ends_at_its_deadline(batcher_of, toy):
+    batcher = batcher_of(toy)
+    first = Asked(batcher, ["first"])
+    late = Asked(batcher, ["late"], deadline=time.monotonic() + 0.05)
+    assert late.status() == 504
+    toy.free()
+    assert first.status() == 200 and batcher.predict(["next"])
+    assert toy.ran == [["first"], ["next"]]
+
+
+# BUG: what is remembered is answered past the deadline, so with a deadline of 0 too.
+@pytest.mark.parametrize("text", ["new", "old"])
+def test_a_request_past_its_deadline_is_a_504_and_costs_nothing(batcher_of, text):
+    toy = Toy()
+    batcher = batcher_of(toy, cache_size=9)
+    batcher.predict(["old"])
+    asked = [Asked(batcher, [text], deadline=time.monotonic() - 1) for _ in range(50)]
+    assert {one.status() for one in asked} == {504}
+    assert toy.ran == [["old"]]
+
+
+def test_a_client_that_is_gone_is_not_computed(batcher_of, toy):
+    batcher = batcher_of(toy)
+    asked = [Asked(batcher, [text]) for text in ("first", "gone", "stays")]
+    asked[1].gone.set()
+    assert asked[1].status() == 499
+    toy.free()
+    assert (asked[0].status(), asked[2].status()) == (200, 200)
+    assert toy.ran == [["first"], ["stays"]]
+
+
+def test_a_text_that_another_waits_for_is_computed_though_one_left(batcher_of, toy):
+    batcher = batcher_of(toy)
+    asked = [Asked(batcher, [text]) for text in ("first", "x", "x")]
+    asked[1].gone.set()
+    assert asked[1].status() == 499
+    toy.free()
+    assert asked[2].answer.result(60) == toy.expect(["x"])
+
+
+def test_a_text_is_asked_for_again_after_all_have_left(batcher_of, toy):
+    batcher = batcher_of(toy)
+    asked = [Asked(batcher, [text]) for text in ("first", "x")]
+    asked[1].gone.set()
+    assert asked[1].status() == 499
+    again = Asked(batcher, ["x"])
+    toy.free()
+    assert (again.status(), toy.ran) == (200, [["first"], ["x"]])
+
+
+# BUG: an empty batch sets the time when it began and nothing clears that, so that a
+# server without requests is "stuck", 503, after _STUCK_S.
+def test_a_batcher_from_whose_queue_all_have_left_is_working(
+    batcher_of, toy, monkeypatch
+):
+    batcher = batcher_of(toy)
+    asked = [Asked(batcher, [text]) for text in ("first", "gone")]
+    asked[1].gone.set()
+    assert asked[1].status() == 499
+    toy.free()
+    assert asked[0].status() == 200
+    until(lambda: sample(batcher, "queue_tokens") == 0)
+    monkeypatch.setattr(bertflask, "_STUCK_S", 0)  # any batch that runs takes too long
+    assert batcher.is_working()
+
+
+def test_a_batcher_stuck_in_a_batch_is_not_working(batcher_of, toy, monkeypatch):
+    batcher = batcher_of(toy)
+    asked = Asked(batcher, ["first"])
+    assert batcher.is_working()
+    monkeypatch.setattr(bertflask, "_STUCK_S", 0)
+    assert not batcher.is_working()
+    toy.free()
+    assert asked.status() == 200
+    until(batcher.is_working)
+
+
+def test_after_a_swap_each_model_answers_what_it_accepted(batcher_of, toy):
+    batcher, new = batcher_of(toy), Toy("new")
+    asked = [Asked(batcher, x) for x in (["first"], ["x", "y"])]
+    batcher.swap(new)
+    asked += [Asked(batcher, ["x", "z"])]
+    toy.free()
+    found = [one.answer.result(60) for one in asked]
+    assert found[:2] == [toy.expect(["first"]), toy.expect(["x", "y"])]
+    assert found[2] == new.expect(["x", "z"])
+    assert (batcher.name, batcher.labels) == ("new", new.labels)
+
+
+def test_what_the_old_model_computes_is_not_remembered_for_the_new(batcher_of, toy):
+    batcher, new = batcher_of(toy, cache_size=9), Toy("new")
+    old = Asked(batcher, ["x"])
+    batcher.swap(new)
+    toy.free()
+    assert old.answer.result(60) == toy.expect(["x"])
+    assert batcher.predict(["x"]) == new.expect(["x"])
+    assert batcher.predict(["x"]) == new.expect(["x"])
+    assert (toy.ran, new.ran) == ([["x"]], [["x"]])
+
+
+def test_after_a_swap_nothing_keeps_the_old_model(batcher_of):
+    batcher = batcher_of(Toy(), cache_size=9)
+    old = weakref.ref(batcher.classifier)
+    batcher.predict(["x"])
+    batcher.swap(Toy("new"))
+    assert batcher.predict(["x"])[0].model == "new"
+    gc.collect()
+    assert old() is None
+
+
+def test_close_answers_all_that_was_accepted(batcher_of, toy):
+    batcher = batcher_of(toy)
+    asked = [Asked(batcher, [text]) for text in ("first", "x" * 40, "y")]
+    closing = threading.Thread(target=batcher.close)
+    closing.start()
+    assert closing.is_alive()
+    toy.free()
+    closing.join(60)
+    assert [one.status() for one in asked] == [200] * 3
+    assert not closing.is_alive() and not batcher.is_working()
+
+
+def until(condition):
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def test_the_metrics_of_a_batch_count_texts_tokens_and_padding(batcher_of, toy):
+    batcher = batcher_of(toy)
+    asked = [Asked(batcher, [text]) for text in ("first", "x", "yyy")]
+    assert sample(batcher, "queue_tokens") == 6
+    toy.free()
+    assert [one.status() for one in asked] == [200] * 3
+    names = "queue_seconds_count batch_texts_sum batch_tokens_sum padding_share_sum"
+    assert [sample(batcher, name) for name in names.split()] == [3, 3, 14, 0.25]
+    assert sample(batcher, "queue_tokens") == 0
+
+
+@settings(max_examples=40, stateful_step_count=40)
+class BatcherLaws(RuleBasedStateMachine):
+    """Requests to a held model, one rule at a time; what must be, in `waiting` etc.
+
+    A key is a model and a text; `waiting` and `running` say which requests want it.
+    """
+
+    bound = 24
+    texts = st.lists(st.sampled_from("a b cc dddd eeeeeeee poison".split()), min_size=1)
+
+    @initialize(cache_size=st.sampled_from([0, 100]))
+    def begin(self, cache_size):
+        self.toys, self.cache_size, self.cached = [held_toy("0")], cache_size, set()
+        sizes = self.bound, cache_size
+        self.batcher = Batcher(self.toys[0], bertflask._metrics(), *sizes)
+        self.waiting, self.running, self.alone = {}, {}, {}
+        self.open = []  # requests that wait
+
+    @rule(texts=texts.map(lambda texts: texts[:4]), is_late=st.booleans())
+    def ask(self, texts, is_late):
+        texts = sorted(texts, key="poison".__eq__)  # so nothing ends before its rest
+        keys = {(self.toys[-1], text) for text in texts}
+        known = {*self.running, *self.alone, *self.cached, *self.waiting}
+        is_late = is_late and bool(self.running) and not keys <= self.cached
+        options = {"deadline": time.monotonic() - 1} if is_late else {}
+        asked = Asked(self.batcher, texts, **options)
+        asked.toy, asked.left = self.toys[-1], keys - self.cached
+        before = sum(tokens(text) for _, text in self.waiting)
+        total = before + sum(tokens(text) for _, text in keys - known)
+        is_full = before > 0 and bool(keys - known) and total > self.bound
+        if is_full or is_late:
+            assert asked.status() in [429] * is_full + [504] * is_late
+            if is_late and asked.status() == 504:
+                self.accept(asked, keys - known)
+                self.drop(asked)
+        elif asked.left:
+            self.accept(asked, keys - known)
+            self.open.append(asked)
+            self.take()
+        else:
+            self.check(asked)
+
+    def accept(self, asked, new):
+        self.waiting |= {key: set() for key in new}
+        for key in asked.left:
+            for place in (self.waiting, self.running, self.alone):
+                key in place and place[key].add(asked)
+
+    def drop(self, asked):
+        for place in (self.waiting, self.running, self.alone):
+            for wanted in place.values():
+                wanted.discard(asked)
+
+    def take(self):
+        """What the model has got, if anything waits and the model had nothing."""
+        if self.running:
+            return
+        if not (self.alone or any(self.waiting.values())):
+            self.waiting = {}  # those for whom nobody waits
+            return until(lambda: sample(self.batcher, "queue_tokens") == 0)
+        source = self.alone or {key: x for key, x in self.waiting.items() if x}
+        toys = {toy for toy, _ in source}
+        until(lambda: any(not toy.entered.empty() for toy in toys))
+        (toy,) = [toy for toy in toys if not toy.entered.empty()]
+        keys = [(toy, text) for text in toy.entered.get()]
+        assert len({*keys}) == len(keys) and {*keys} <= {*source}
+        if self.alone:
+            assert len(keys) == 1
+        else:
+            assert {key for key in source if key[0] is toy} == {*keys}
+            self.waiting = {key: x for key, x in self.waiting.items() if x}
+        place = self.alone or self.waiting
+        self.running = {key: place.pop(key) for key in keys}
+
+    @precondition(lambda self: self.running)
+    @rule()
+    def finish_a_batch(self):
+        ((toy, *_),) = {(key[0],) for key in self.running}
+        done, self.running = self.running, {}
+        toy.permits.release()
+        if (toy, "poison") in done and len(done) > 1:
+            self.alone = done
+        else:
+            self.settle(toy, {*done})
+        self.take()
+        if not self.running:
+            self.flush()
+
+    def flush(self):
+        """Returns when the batch is over, which no request tells if all have left."""
+        toy, text = self.toys[-1], f"flush {len(self.toys[-1].ran)}"
+        toy.permits.release()
+        assert Asked(self.batcher, [text]).answer.result(60) == toy.expect([text])
+        assert toy.entered.get() == [text]
+        self.cached |= {(toy, text)} if self.cache_size else set()
+
+    def settle(self, toy, keys):
+        is_kept = self.cache_size and toy is self.toys[-1]
+        self.cached |= {key for key in keys if is_kept and key[1] != "poison"}
+        for asked in [*self.open]:
+            asked.left -= keys
+            if not asked.left:
+                self.check(asked)
+                self.open.remove(asked)
+
+    def check(self, asked):
+        if "poison" in asked.texts:
+            assert str(asked.answer.exception(60)) == BUG_WORDS
+        else:
+            assert asked.answer.result(60) == asked.toy.expect(asked.texts)
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
+    def leave(self, data):
+        asked = self.open.pop(data.draw(st.integers(0, len(self.open) - 1)))
+        asked.gone.set()
+        assert asked.status() == 499
+        self.drop(asked)
+
+    @rule()
+    def swap(self):
+        self.toys.append(held_toy(str(len(self.toys))))
+        self.batcher.swap(self.toys[-1])
+        self.cached = set()
+
+    @invariant()
+    def nobody_is_answered_early_and_the_queue_is_as_long_as_it_should_be(self):
+        assert not any(asked.answer.done() for asked in self.open)
+        expected = sum(tokens(text) for _, text in self.waiting)
+        assert sample(self.batcher, "queue_tokens") == expected
+
+    def teardown(self):
+        for toy in getattr(self, "toys", ()):
+            toy.free()
+        self.batcher.close()
+        for asked in self.open:
+            self.check(asked)
+
+
+TestBatcherLaws = BatcherLaws.TestCase
+
+
 # === 12. HTTP ===
 
 KEYS = "endpoint response status_code response_time user_ip user_agent request_id"
 LABELS = ["a", "né", "日本", "x y", "\u202e"]
+DEADLINE = "X-Request-Deadline-Ms"
+PATHS = "/predict /health_check /readyz /metrics /openapi.json".split()
 
 
 @dataclass
@@ -3024,24 +3588,436 @@ def test_any_path_and_host_get_json(limited_client, path, host):
     assert response.status_code < 500 and response.is_json
 
 
+# --- the limits, the keys and the state of create_app ---
+
+
+class Posted(Asked):
+    """A request to an application in a thread; returns when it waits or is answered."""
+
+    def call(self, app, is_gone, **options):
+        environ = {"waitress.client_disconnected": is_gone}
+        body, client = {"x": self.texts}, app.test_client()
+        return post(client, body, environ_overrides=environ, **options)
+
+    def status(self):
+        return self.answer.result(60).status_code
+
+
+@pytest.fixture
+def app_of(monkeypatch):
+    monkeypatch.delenv("BERTFLASK_API_KEYS", raising=False)
+    toys = []
+
+    def make(toy, **limits):
+        toys.append(toy)
+        return create_app(toy, **limits)
+
+    yield make
+    for toy in toys:
+        toy.free()
+
+
+def assert_is_a_429(response):
+    assert (response.status_code, response.json["error"]["code"]) == (429, "queue_full")
+    assert re.fullmatch("[1-9][0-9]*", response.headers["Retry-After"])
+
+
+def test_a_full_queue_is_a_429(app_of, toy):
+    app = app_of(toy, queue_tokens=10)
+    asked = [Posted(app, [text]) for text in ("first", "x" * 9, "y")]
+    assert_is_a_429(asked.pop().answer.result(60))
+    toy.free()
+    assert [one.status() for one in asked] == [200, 200]
+
+
+def test_more_requests_at_once_than_allowed_are_a_429(app_of, toy):
+    app = app_of(toy, max_requests=2)
+    asked = [Posted(app, [text]) for text in "xyz"]
+    assert_is_a_429(asked.pop().answer.result(60))
+    toy.free()
+    assert [one.status() for one in asked] == [200, 200]
+    assert post(app.test_client(), {"x": ["later"]}).status_code == 200
+
+
+def test_retry_after_grows_with_what_waits(app_of, toy):
+    app = app_of(toy, queue_tokens=60_000)
+    asked = [Posted(app, x) for x in (["first"], [f"{i:0>999}" for i in range(60)])]
+    refused = Posted(app, ["x"]).answer.result(60)
+    assert_is_a_429(refused)
+    assert int(refused.headers["Retry-After"]) >= 2
+    toy.free()
+    assert [one.status() for one in asked] == [200, 200]
+
+
+@pytest.mark.parametrize("body", [b"{", {"x": []}, {"x": ["poison"]}])
+def test_a_request_that_fails_frees_its_place(app_of, body):
+    client = app_of(Toy(), max_requests=1).test_client()
+    assert post(client, body).status_code >= 400
+    assert post(client, {"x": ["a"]}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "value", ["", "x", "-1", "+1", "1.5", "1e3", "0x1", "1 2", "\xb2", "9" * 10]
+)
+def test_a_deadline_that_is_no_number_is_a_422(app_of, value):
+    client = app_of(Toy()).test_client()
+    response = post(client, {"x": ["a"]}, headers={DEADLINE: value})
+    assert response.status_code == 422
+    assert response.json["error"]["field"] == DEADLINE
+
+
+@pytest.mark.parametrize("limit, value", [(30, "30"), (0.03, "60000"), (0.03, None)])
+def test_a_deadline_is_the_shorter_of_flag_and_header(app_of, toy, limit, value):
+    app, began = app_of(toy, deadline=limit), time.monotonic()
+    asked = Posted(app, ["a"], headers={DEADLINE: value} if value else {})
+    assert asked.status() == 504
+    assert asked.answer.result().json["error"]["code"] == "deadline_passed"
+    assert 0.03 <= time.monotonic() - began < 20
+
+
+def test_a_deadline_of_0_is_a_504(app_of, toy):
+    app = app_of(toy)
+    first = Posted(app, ["first"])
+    assert Posted(app, ["a"], headers={DEADLINE: "0"}).status() == 504
+    toy.free()
+    assert (first.status(), Posted(app, ["b"]).status()) == (200, 200)
+    assert toy.ran == [["first"], ["b"]]
+
+
+def test_a_client_that_left_is_no_bug_and_not_computed(app_of, toy, caplog):
+    app = app_of(toy)
+    asked = [Posted(app, [text]) for text in ("first", "gone", "stays")]
+    asked[1].gone.set()
+    assert asked[1].status() == 499
+    toy.free()
+    assert (asked[0].status(), asked[2].status()) == (200, 200)
+    assert toy.ran == [["first"], ["stays"]] and "Error" not in caplog.text
+
+
+def test_a_text_that_fails_is_a_500_and_its_neighbours_are_answered(app_of, toy):
+    app = app_of(toy)
+    asked = [Posted(app, x) for x in (["first"], ["x"], ["poison"], ["y"])]
+    toy.free()
+    assert [one.status() for one in asked] == [200, 200, 500, 200]
+    assert BUG_WORDS not in asked[2].answer.result().text
+
+
+@pytest.mark.parametrize(
+    "limit, body, status, code",
+    [
+        ({"max_body_bytes": 11}, {"x": ["a"]}, 413, "body_too_large"),
+        ({"max_texts": 1}, {"x": ["a", "b"]}, 422, "too_long"),
+        ({"max_characters": 1}, {"x": ["aa"]}, 422, "string_too_long"),
+        ({"max_top_k": 1}, {"x": ["a"], "top_k": 2}, 422, "less_than_equal"),
+        ({}, {"x": ["a"], "top_k": 3}, 422, "less_than_equal"),
+    ],
+)
+def test_every_limit_has_an_error_of_its_own(app_of, limit, body, status, code):
+    response = post(app_of(Toy(), **limit).test_client(), body)
+    assert (response.status_code, response.json["error"]["code"]) == (status, code)
+
+
+@pytest.fixture
+def key_file(tmp_path):
+    (tmp_path / "keys").write_text("k3y-one\n\n  k3y-two  \n")
+    return str(tmp_path / "keys")
+
+
+def status_with(client, path, given):
+    headers = {} if given is None else {"Authorization": given}
+    method = client.post if path == "/predict" else client.get
+    return method(path, json={"x": ["a"]}, headers=headers).status_code
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("key", ["k3y-one", "k3y-two"])
+def test_each_key_of_a_file_opens_every_route(app_of, key_file, path, key):
+    client = app_of(Toy(), api_keys=key_file).test_client()
+    assert status_with(client, path, f"Bearer {key}") == 200
+
+
+@pytest.mark.parametrize(
+    "given",
+    [None, "", "k3y-one", "Bearer", "Bearer ", "Bearer k3y", "Bearer k3y-one2"]
+    + ["Bearer k3y-one k3y-two", "Basic k3y-one", "Bearer \xe9\xff", "Bearer K3Y-ONE"],
+)
+@pytest.mark.parametrize("path", [*PATHS, "/nowhere"])
+def test_without_a_key_nothing_is_answered(app_of, key_file, path, given):
+    client = app_of(Toy(), api_keys=key_file).test_client()
+    assert status_with(client, path, given) == 401
+
+
+def test_a_401_says_what_to_send_and_never_a_key(app_of, key_file, caplog):
+    caplog.set_level(logging.DEBUG)
+    client = app_of(Toy(), api_keys=key_file).test_client()
+    response = client.get("/readyz", headers={"Authorization": "Bearer wr0ng"})
+    assert response.headers["WWW-Authenticate"] == "Bearer"
+    assert response.json["error"]["code"] == "unauthorized"
+    assert not re.search("k3y|wr0ng", response.text + caplog.text)
+
+
+@pytest.mark.parametrize("given, status", [("Bearer b", 200), (None, 401), ("b", 401)])
+def test_keys_may_come_from_the_environment(app_of, monkeypatch, given, status):
+    app_of(Toy())  # which takes the variable away
+    monkeypatch.setenv("BERTFLASK_API_KEYS", "a b")
+    client = create_app(Toy()).test_client()
+    assert status_with(client, "/predict", given) == status
+
+
+def test_no_key_is_needed_if_none_is_set(app_of, monkeypatch):
+    monkeypatch.setenv("BERTFLASK_API_KEYS", " ")
+    assert status_with(create_app(Toy()).test_client(), "/predict", None) == 200
+
+
+@pytest.mark.parametrize("content", ["", " \n\t\n"])
+def test_a_file_without_a_key_is_refused(app_of, tmp_path, content):
+    (tmp_path / "keys").write_text(content)
+    with pytest.raises(ServerError, match="has no API key"):
+        app_of(Toy(), api_keys=str(tmp_path / "keys"))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_open_health_needs_no_key_for_health_and_metrics_alone(app_of, key_file, path):
+    client = app_of(Toy(), api_keys=key_file, open_health=True).test_client()
+    is_open = path in ("/health_check", "/readyz", "/metrics")
+    assert status_with(client, path, None) == (200 if is_open else 401)
+
+
+@pytest.mark.parametrize(
+    "n_proxies, user_ip", [(0, "127.0.0.1"), (1, "3.3.3.3"), (2, "2.2.2.2")]
+)
+def test_forwarded_addresses_are_believed_behind_trusted_proxies_alone(
+    app_of, request_log, n_proxies, user_ip
+):
+    client = app_of(Toy(), trusted_proxies=n_proxies).test_client()
+    client.get("/readyz", headers={"X-Forwarded-For": "1.1.1.1, 2.2.2.2, 3.3.3.3"})
+    assert [entry["user_ip"] for entry in request_log()] == [user_ip]
+
+
+def readiness(app):
+    response = app.test_client().get("/readyz")
+    error = response.json.get("error")
+    return response.status_code, error["code"] if isinstance(error, dict) else error
+
+
+def test_a_server_with_its_model_is_ready(app_of):
+    answer = app_of(Toy()).test_client().get("/readyz")
+    assert answer.status_code == 200
+    assert answer.json == {"status": "ready", "model": "toy", "error": None}
+
+
+def test_a_server_whose_model_is_wedged_is_not_ready(app_of, toy, monkeypatch):
+    app = app_of(toy)
+    asked = Posted(app, ["a"])
+    assert readiness(app) == (200, None)
+    monkeypatch.setattr(bertflask, "_STUCK_S", 0)
+    assert readiness(app) == (503, "stuck")
+    assert app.test_client().get("/health_check").status_code == 200
+    toy.free()
+    assert asked.status() == 200
+    until(lambda: readiness(app) == (200, None))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_server_whose_batch_thread_died_is_not_ready(app_of):
+    app = app_of(Toy(), deadline=0.1)
+    assert Posted(app, ["exit"]).status() == 504
+    until(lambda: readiness(app) == (503, "stuck"))
+
+
+def test_a_server_that_drains_is_not_ready_but_answers(app_of):
+    app = app_of(Toy())
+    app.extensions["bertflask"].draining = True
+    assert readiness(app) == (503, "draining")
+    assert Posted(app, ["a"]).status() == 200
+
+
+METRICS = {
+    "bertflask_requests": "counter",
+    "bertflask_request_seconds": "histogram",
+    "bertflask_queue_tokens": "gauge",
+    "bertflask_queue_seconds": "histogram",
+    "bertflask_batch_texts": "histogram",
+    "bertflask_batch_tokens": "histogram",
+    "bertflask_padding_share": "histogram",
+    "bertflask_cache_hits": "counter",
+    "bertflask_predictions": "counter",
+    "bertflask_top_probability": "histogram",
+    "bertflask_model_info": "gauge",
+    "bertflask_reloads": "counter",
+}
+
+
+def families(text):
+    return {x.name: x for x in text_string_to_metric_families(text)}
+
+
+def samples(text):
+    """Values by name, and by name and what the labels are."""
+    return {
+        " ".join([x.name, *x.labels.values()]): x.value
+        for family in text_string_to_metric_families(text)
+        for x in family.samples
+    }
+
+
+@pytest.fixture
+def used_app(app_of):
+    """An application that has answered this and that."""
+    app = app_of(Toy(), cache_size=9)
+    for body in ({"x": ["S3cret", "x", "x"]}, {"x": ["x"]}, {"x": "S3cret"}):
+        post(app.test_client(), body, headers={"User-Agent": "S3cret"})
+    app.test_client().get("/S3cret?S3cret=S3cret")
+    return app
+
+
+def test_metrics_are_prometheus_text(used_app):
+    response = used_app.test_client().get("/metrics")
+    assert response.headers["Content-Type"].startswith("text/plain; version=")
+    found = families(response.text)
+    assert {name: found[name].type for name in METRICS} == METRICS
+
+
+def test_every_metric_has_help_type_and_a_name_as_prometheus_wants_it(used_app):
+    text = used_app.test_client().get("/metrics").text
+    for family in families(text).values():
+        assert family.documentation and family.type != "unknown"
+        assert re.fullmatch("bertflask_[a-z_]+", family.name)
+        assert not re.search("milli|micro|minute|percent|kilo|ms$", family.name)
+        assert f"# HELP {family.name}" in text and f"# TYPE {family.name}" in text
+
+
+@pytest.mark.parametrize(
+    "sample, value",
+    [
+        ("requests_total /predict 200", 2),
+        ("requests_total /predict 422", 1),
+        ("requests_total None 404", 1),
+        ("request_seconds_count /predict", 3),
+        ("queue_tokens", 0),
+        ("queue_seconds_count", 2),
+        ("batch_texts_count", 1),
+        ("batch_texts_sum", 2),
+        ("batch_tokens_sum", 14),
+        ("padding_share_sum", 5 / 14),
+        ("cache_hits_total", 2),
+        ("predictions_total a", 1),
+        ("predictions_total b", 3),
+        ("top_probability_count", 4),
+        ("model_info toy", 1),
+    ],
+)
+def test_the_metrics_move_as_requests_are_answered(used_app, sample, value):
+    found = samples(used_app.test_client().get("/metrics").text)
+    assert found[f"bertflask_{sample}"] == pytest.approx(value)
+
+
+def test_metrics_name_the_model_that_answers_now_alone(used_app):
+    used_app.extensions["bertflask"].model.swap(Toy("new"))
+    text = used_app.test_client().get("/metrics").text
+    labels = [x.labels for x in families(text)["bertflask_model_info"].samples]
+    assert labels == [{"model": "new"}]
+
+
+def test_nothing_of_a_request_reaches_the_metrics(used_app):
+    assert "S3cret" not in used_app.test_client().get("/metrics").text
+
+
+# --- OpenAPI ---
+
+
+def validator(document, reference):
+    schema = {"$ref": reference, "components": document["components"]}
+    return jsonschema_rs.Draft202012Validator(schema)
+
+
+def schema_of(content):
+    return content["application/json"]["schema"]["$ref"]
+
+
+@pytest.fixture
+def document(used_app):
+    return used_app.test_client().get("/openapi.json").json
+
+
+def test_the_description_is_openapi_3_1_and_has_every_route(used_app, document):
+    routes = {rule.rule for rule in used_app.url_map.iter_rules()}
+    assert document["openapi"].startswith("3.1.")
+    assert document["paths"].keys() == routes == {*PATHS}
+    assert document["info"]["version"] == bertflask.__version__
+
+
+@pytest.mark.parametrize("body", [{"x": ["a", ""]}, {"x": ["é"], "top_k": 2}])
+def test_a_prediction_is_as_described(used_app, document, body):
+    route = document["paths"]["/predict"]["post"]
+    answer = post(used_app.test_client(), body).json
+    validator(document, schema_of(route["responses"]["200"]["content"])).validate(
+        answer
+    )
+    validator(document, schema_of(route["requestBody"]["content"])).validate(body)
+
+
+@pytest.mark.parametrize("path", ["/health_check", "/readyz"])
+def test_a_state_is_as_described(used_app, document, path):
+    content = document["paths"][path]["get"]["responses"]["200"]["content"]
+    answer = used_app.test_client().get(path).json
+    validator(document, schema_of(content)).validate(answer)
+
+
+@pytest.mark.parametrize(
+    "path, body",
+    [("/predict", b"{"), ("/predict", {"x": 1}), ("/predict", {"x": ["poison"]})],
+)
+def test_a_refusal_is_as_described(used_app, document, path, body):
+    content = document["paths"][path]["post"]["responses"]["default"]["content"]
+    response = post(used_app.test_client(), body)
+    assert response.status_code >= 400
+    validator(document, schema_of(content)).validate(response.json)
+
+
+@pytest.mark.parametrize(
+    "body", [{}, {"x": []}, {"x": "a"}, {"x": [1]}, {"x": ["a"], "top_k": 3}]
+    + [{"x": ["a"] * 1001}, {"x": ["a"], "top_k": 0}, {"x": ["a"], "top_k": "1"}],
+)  # fmt: skip
+def test_what_the_description_forbids_is_refused(used_app, document, body):
+    content = document["paths"]["/predict"]["post"]["requestBody"]["content"]
+    assert not validator(document, schema_of(content)).is_valid(body)
+    assert post(used_app.test_client(), body).status_code == 422
+
+
+def test_the_description_tells_of_keys_if_they_are_needed(app_of, key_file):
+    client = app_of(Toy(), api_keys=key_file).test_client()
+    headers = {"Authorization": "Bearer k3y-one"}
+    found = client.get("/openapi.json", headers=headers).json
+    (scheme,) = found["components"]["securitySchemes"].values()
+    assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
+    assert found["security"]
+
+
+# --- a started server ---
+
 # A classifier for which the texts "slow", "die" and "fail" do what they say.
 SCRIPT = """
-import os, signal, sys, time
+import os, pathlib, signal, sys, time
 import numpy as np
 import bertflask
 
 class Fake(bertflask.Classifier):
     @classmethod
     def load(cls, run_dir, models_dir):
-        exec(run_dir)
-        return cls("BERT of today", ["a", "b"], 16, None, None)
+        found = {"name": "BERT of today", "labels": ["a", "b"]}
+        code = run_dir or pathlib.Path(models_dir, bertflask.LATEST).read_text()
+        exec(code, globals(), found)
+        return cls(found["name"], found["labels"], 16, None, None)
 
     def encode(self, texts):
         return [np.array([1, *text.encode()]) for text in texts], [False] * len(texts)
 
     def run(self, token_ids):
         texts = [bytes(ids[1:].tolist()).decode() for ids in token_ids]
-        any("slow" in text for text in texts) and time.sleep(1)
+        if n_slow := max(text.count("slow") for text in texts):
+            print("slow runs", file=sys.stderr, flush=True)
+            time.sleep(n_slow)
         "die" in texts and os.kill(os.getpid(), signal.SIGKILL)
         "fail" in texts and 1 / 0
         return np.array([[0.25, 0.75]] * len(texts))
@@ -3091,11 +4067,36 @@ class Served:
             response = server.getresponse()
             return response.status, json.loads(response.read())
 
+    def get(self, path):
+        server = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        with contextlib.closing(server):
+            server.request("GET", path)
+            response = server.getresponse()
+            return response.status, response.read().decode()
+
+    def ready(self):
+        status, text = self.get("/readyz")
+        return status, json.loads(text)
+
+    def connect(self):
+        client = socket.socket()
+        client.settimeout(20)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", self.port))
+        return client
+
+    def is_refusing(self):
+        address = "127.0.0.1", self.port
+        with contextlib.suppress(ConnectionRefusedError):
+            socket.create_connection(address).close()
+            return False
+        return True
+
     def send(self, raw, then=lambda client: None):
         with socket.create_connection(("127.0.0.1", self.port), timeout=20) as client:
             client.sendall(raw)
             then(client)
-            return b"".join(iter(lambda: client.recv(65536), b""))
+            return read_all(client)
 
     def end(self):
         code = self.process.wait(30)
@@ -3108,6 +4109,10 @@ class Served:
         self.process.wait()
         self.reader.join()
         self.process.stderr.close()
+
+
+def read_all(client):
+    return b"".join(iter(lambda: client.recv(65536), b""))
 
 
 @pytest.fixture(scope="module")
@@ -3236,6 +4241,338 @@ def test_a_bug_while_loading_shows_its_traceback_once(start):
 def test_a_host_that_is_none_is_one_line(host):
     with pytest.raises(ServerError, match="cannot listen on"):
         serve(ServeConfig(host=host), None, "models")
+
+
+@pytest.fixture
+def latest(tmp_path):
+    """Writes the file of the latest model, at once: what is done at a load."""
+
+    def write(code):
+        (tmp_path / "new").write_text(code)
+        os.replace(tmp_path / "new", tmp_path / bertflask.LATEST)
+
+    write("name, labels = 'one', ['aone', 'bone']")
+    return write
+
+
+@pytest.fixture
+def reloading(start, latest, tmp_path):
+    """A server of the latest model."""
+    server = start("", "--models-dir", str(tmp_path))
+    assert server.ready()[1]["model"] == "one"
+    return server
+
+
+def test_a_new_latest_model_is_served_without_a_signal(reloading, latest):
+    latest("name, labels = 'two', ['a2', 'b2']")
+    until(lambda: reloading.ready()[1]["model"] == "two")
+    answer = reloading.post('{"x": ["a"]}')[1]
+    assert (answer["model"], answer["predictions"]) == ("two", ["b2"])
+    assert 'reloads_total{result="done"} 1.0' in reloading.get("/metrics")[1]
+
+
+@pytest.mark.parametrize("to", [os.kill, os.killpg])
+def test_a_hangup_loads_the_latest_model_again(reloading, to):
+    to(reloading.process.pid, signal.SIGHUP)
+    line = 'reloads_total{result="done"} 1.0'
+    until(lambda: line in reloading.get("/metrics")[1])
+    assert reloading.ready() == (
+        200,
+        {"status": "ready", "model": "one", "error": None},
+    )
+
+
+@pytest.mark.parametrize(
+    "code, reason",
+    [
+        ("raise bertflask.ArtifactError('no model')", "no model"),
+        ("1 / 0", "division by zero"),
+        ("raise MemoryError('too large')", "too large"),
+        ("open('/x/y')", "[Errno 2] No such file or directory: '/x/y'"),
+    ],
+)
+def test_a_broken_new_model_leaves_the_old_one_serving(reloading, latest, code, reason):
+    latest(code)
+    until(lambda: reloading.ready()[1]["error"])
+    state = {"status": "ready", "model": "one", "error": reason}
+    assert reloading.ready() == (200, state)
+    assert reloading.wait_for("one goes on") == f"one goes on: {reason}"
+    assert f'reloads_total{{result="{reason}"}} 1.0' in reloading.get("/metrics")[1]
+    assert reloading.post('{"x": ["a"]}')[1]["model"] == "one"
+
+
+def test_a_mended_model_is_served_after_a_broken_one(reloading, latest):
+    latest("1 / 0")
+    until(lambda: reloading.ready()[1]["error"])
+    latest("name = 'two'")
+    until(lambda: reloading.ready()[1]["model"] == "two")
+    assert reloading.ready()[1]["error"] is None
+
+
+def test_a_latest_file_that_is_gone_leaves_the_old_one_serving(
+    reloading, latest, tmp_path
+):
+    (tmp_path / bertflask.LATEST).unlink()
+    until(lambda: reloading.ready()[1]["error"])
+    assert reloading.post('{"x": ["a"]}')[1]["model"] == "one"
+
+
+def test_no_request_fails_while_models_are_swapped(reloading, latest):
+    answers = []
+    with ThreadPoolExecutor() as pool:
+        clients = [pool.submit(keep_asking, reloading, answers) for _ in range(4)]
+        for name in [*"23456", "end"]:
+            latest(f"name, labels = '{name}', ['a{name}', 'b{name}']")
+            os.kill(reloading.process.pid, signal.SIGHUP)
+            until(lambda name=name: name in models_of(answers))
+        assert not [client.result() for client in clients if client.exception()]
+    assert {status for status, _ in answers} == {200}
+    assert models_of(answers) >= {*"23456", "end"}
+    assert all(x["predictions"] == ["b" + x["model"][-3:]] for _, x in answers)
+
+
+def models_of(answers):
+    return {answer.get("model") for _, answer in answers}
+
+
+def keep_asking(server, answers):
+    """A client that asks, until the model named "end" answers."""
+    while "end" not in models_of(answers[-9:]):
+        answers.append(server.post(json.dumps({"x": [str(len(answers))]})))
+
+
+def test_a_worker_killed_by_a_signal_is_replaced_and_the_log_says_why(start):
+    server = start()
+    with pytest.raises((ConnectionError, http.client.HTTPException)):
+        server.post('{"x": ["die"]}')
+    assert "killed by signal 9" in server.wait_for("the serving process")
+    assert server.post('{"x": ["a"]}')[0] == 200
+
+
+def test_a_worker_that_was_replaced_still_reloads_and_ends(start, latest, tmp_path):
+    server = start("", "--models-dir", str(tmp_path))
+    with pytest.raises((ConnectionError, http.client.HTTPException)):
+        server.post('{"x": ["die"]}')
+    latest("name = 'two'")
+    until(lambda: server.ready()[1]["model"] == "two")
+    server.process.terminate()
+    assert server.end() == 0
+
+
+# BUG: as soon as one dies the next is started, without a pause, for ever.
+def test_a_worker_that_cannot_come_back_does_not_flood_the_log(start, latest, tmp_path):
+    server = start("", "--models-dir", str(tmp_path))
+    server.wait_for("ready: ")
+    latest("raise bertflask.ArtifactError('no model')")
+    server.wait_for("one goes on")
+    with pytest.raises((ConnectionError, http.client.HTTPException)):
+        server.post('{"x": ["die"]}')
+    server.wait_for("error: no model")
+    time.sleep(1)
+    assert len(server.lines) < 20
+
+
+# --- overload, slow and rude clients ---
+
+
+# BUG: with --threads 1 those whom nobody refuses wait, unseen, for the only thread.
+@pytest.mark.parametrize(
+    "flags, n_allowed",
+    [
+        (("--threads", "60", "--queue-tokens", "24"), 8),
+        (("--threads", "8"), 4),
+        (("--threads", "2"), 1),
+        (("--threads", "1"), 1),
+    ],
+)
+def test_overload_ends_in_429_and_not_in_waiting(start, flags, n_allowed):
+    server = start("pass", *flags)
+    server.wait_for("ready: ")
+    with ThreadPoolExecutor(12) as pool:
+        bodies = [json.dumps({"x": [f"slow {i:02}"]}) for i in range(12)]
+        answers = [*pool.map(lambda body: timed(server.post, body), bodies)]
+    statuses = Counter(status for (status, _), _ in answers)
+    assert statuses.keys() == {200, 429} and statuses[200] <= n_allowed
+    refused = [seconds for (status, _), seconds in answers if status == 429]
+    assert max(refused) < 0.9
+    assert server.post('{"x": ["later"]}')[0] == 200
+
+
+def timed(call, *args):
+    began = time.monotonic()
+    return call(*args), time.monotonic() - began
+
+
+def test_health_is_told_while_the_server_is_overloaded(start):
+    server = start("pass", "--threads", "5")
+    server.wait_for("ready: ")
+    with ThreadPoolExecutor() as pool:
+        slow = pool.submit(server.post, '{"x": ["slow"]}')
+        until(lambda: server.post('{"x": ["a"]}')[0] == 429)
+        assert (server.get("/health_check")[0], server.ready()[0]) == (200, 200)
+        assert not slow.done() and slow.result()[0] == 200
+
+
+def request(body, *lines, length=None):
+    length = len(body) if length is None else length
+    head = ["POST /predict HTTP/1.1", "Host: a", f"Content-Length: {length}", *lines]
+    return "\r\n".join([*head, "", body]).encode()
+
+
+CLOSE = "Connection: close"
+
+
+def test_slow_bodies_hold_no_thread(start):
+    server = start("pass", "--threads", "2")
+    raw = request('{"x": ["a"]}', CLOSE)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(server.connect()) for _ in range(20)]
+        for part in (raw[:30], *(raw[i : i + 1] for i in range(30, len(raw) - 1))):
+            send_each(clients, part)
+        assert server.post('{"x": ["a"]}')[0] == 200
+        found = [finish(client, raw[-1:]) for client in clients]
+    assert all(b" 200 " in answer.splitlines()[0] for answer in found)
+
+
+def finish(client, raw):
+    client.sendall(raw)
+    return read_all(client)
+
+
+def send_each(clients, raw):
+    for client in clients:
+        client.sendall(raw)
+
+
+def test_half_closed_sockets_are_ended_and_hold_no_thread(start):
+    server = start("pass", "--threads", "1")
+    for raw in (request('{"x": ["a"]}'), request("a", length=9), b"", b"POST /pr"):
+        server.send(raw, lambda client: client.shutdown(socket.SHUT_WR))
+    assert server.post('{"x": ["a"]}')[0] == 200
+
+
+def test_a_body_longer_than_declared_is_cut_and_the_connection_ended(served):
+    body = '{"x": ["a"]}'
+    found = served.send(request(body + "more\r\n\r\n", length=len(body)))
+    assert found.startswith(b"HTTP/1.1 200 ")
+    assert found.count(b"HTTP/1.") == 1 or b"HTTP/1.0 400 " in found
+
+
+def test_a_client_that_leaves_while_it_waits_is_not_computed(start):
+    server = start("pass", "--cache-size", "0")
+    with ThreadPoolExecutor() as pool:
+        slow = pool.submit(server.post, '{"x": ["slow slow slow"]}')
+        server.wait_for("slow runs")
+        with server.connect() as client:
+            client.sendall(request('{"x": ["die"]}'))
+            until(lambda: "queue_tokens 4.0" in server.get("/metrics")[1])
+        assert slow.result()[0] == 200
+    assert server.post('{"x": ["a"]}')[0] == 200
+    assert not [line for line in server.lines if "killed" in line]
+
+
+# --- the end ---
+
+
+def test_a_drain_tells_first_and_answers_what_it_accepts(start):
+    server = start("pass", "--drain-delay", "1.5")
+    server.wait_for("ready: ")
+    with ThreadPoolExecutor() as pool:
+        slow = [pool.submit(server.post, '{"x": ["slow slow slow"]}') for _ in "abc"]
+        server.wait_for("slow runs")
+        server.process.terminate()
+        until(lambda: server.ready()[0] == 503)
+        assert server.ready()[1]["error"]["code"] == "draining"
+        slow += [pool.submit(server.post, '{"x": ["while it drains"]}')]
+        until(server.is_refusing)
+        assert server.process.poll() is None
+        assert [one.result()[0] for one in slow] == [200] * 4
+    assert server.end() == 0
+
+
+def test_without_a_delay_a_stopped_server_refuses_at_once(start):
+    server = start("pass")
+    server.wait_for("ready: ")
+    with ThreadPoolExecutor() as pool:
+        slow = pool.submit(server.post, '{"x": ["slow slow"]}')
+        server.wait_for("slow runs")
+        server.process.terminate()
+        until(server.is_refusing)
+        assert not slow.done() and slow.result()[0] == 200
+    assert server.end() == 0
+
+
+def test_a_connection_that_asks_nothing_does_not_hold_the_end(start):
+    server = start("pass")
+    with server.connect():
+        server.process.terminate()
+        began = time.monotonic()
+        assert server.end() == 0
+    assert time.monotonic() - began < 4
+
+
+def test_a_client_that_never_reads_does_not_hold_the_end_for_ever(start):
+    server = start("pass", "--deadline", "2", "--max-texts", "100000")
+    body = json.dumps({"x": ["a"] * 60_000, "top_k": 2})
+    with server.connect() as client:
+        client.sendall(request(body))
+        server.wait_for('{"endpoint": "/predict"')
+        server.process.terminate()
+        assert server.end() == 0
+
+
+def test_a_second_signal_does_not_cut_the_drain(start):
+    server = start("pass")
+    server.wait_for("ready: ")
+    with ThreadPoolExecutor() as pool:
+        slow = pool.submit(server.post, '{"x": ["slow slow"]}')
+        server.wait_for("slow runs")
+        for _ in range(3):
+            os.killpg(server.process.pid, signal.SIGTERM)
+            time.sleep(0.1)
+        assert slow.result()[0] == 200
+    assert server.end() == 0
+
+
+# --- what a proxy and schemathesis see ---
+
+
+# BUG: waitress takes X-Forwarded-For away (clear_untrusted_proxy_headers).
+def test_a_started_server_believes_a_trusted_proxy(start):
+    server = start("pass", "--trusted-proxies", "1")
+    server.post('{"x": ["a"]}', {"X-Forwarded-For": "1.1.1.1, 2.2.2.2"})
+    entry = json.loads(server.wait_for('{"endpoint": "/predict"'))
+    assert entry["user_ip"] == "2.2.2.2"
+
+
+def test_a_started_server_believes_no_proxy_unasked(start):
+    server = start()
+    server.post('{"x": ["a"]}', {"X-Forwarded-For": "1.1.1.1, 2.2.2.2"})
+    entry = json.loads(server.wait_for('{"endpoint": "/predict"'))
+    assert entry["user_ip"] == "127.0.0.1"
+
+
+# 504 is the answer to a deadline of 0, which the header's schema allows.
+SCHEMATHESIS = """
+import pathlib, schemathesis.cli
+line = 'not_a_server_error.expected-statuses = ["2xx", "3xx", "4xx", 504]'
+pathlib.Path("schemathesis.toml").write_text("[checks]\\n" + line)
+schemathesis.cli.schemathesis()
+"""
+
+
+# BUG: 2.0 is an integer for JSON Schema, but top_k: 2.0 is a 422.
+@pytest.mark.parametrize("key", [None, "k3y"])
+def test_schemathesis_finds_nothing(start, tmp_path, key):
+    flags = ["--max-texts", "20", "--max-characters", "50"]  # so that it is quick
+    (tmp_path / "keys").write_text(key or "")
+    flags += ["--api-keys", str(tmp_path / "keys")] if key else []
+    url = f"http://127.0.0.1:{start('pass', *flags).port}/openapi.json"
+    command = [sys.executable, "-c", SCHEMATHESIS, "run", url, "--no-color"]
+    command += "--seed 1 --checks all --max-examples 60 --max-failures 5".split()
+    command += ["--header", f"Authorization: Bearer {key}"] if key else []
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
 
 
 # === 13. Command line ===
