@@ -814,8 +814,8 @@ class Model:
             x = tf.cast(x, "float32")
         *names, last = (f"encoder/layer_{layer}" for layer in layers)
         for name in names:
-            x = self._layer(name, x, x, mask)  # [B*L, H]
-        return self._layer(last, x[:: tf.shape(ids)[1]], x, mask)  # [B, H]
+            x = self._layer(name, x, x, mask)  # all rows, [B*L, H]
+        return self._layer(last, x[:: tf.shape(ids)[1]], x, mask)  # of [CLS], [B, H]
 
     def pooled(self, token_ids: Any) -> Any:
         """Tanh pooler on `encode_cls`, [n, hidden]."""
@@ -846,7 +846,6 @@ class Model:
         return self.tf.nn.batch_normalization(x, mean, variance, beta, gamma, eps)
 
     def _layer(self, name: str, x: Any, context: Any, mask: Any) -> Any:
-        """One layer for the rows `x`, which attend to `context` [B*L, H]."""
         y = self._attention(f"{name}/attention/self", x, context, mask)
         x = self._add_norm(x, y, f"{name}/attention/output")
         is_tanh = self.config["hidden_act"] == "gelu"
@@ -1101,7 +1100,7 @@ class _Trainer:
         gradients = tape.gradient(figures["loss"], [*model.variables.values()], scale)
         gradients = [tf.convert_to_tensor(gradient) / scale for gradient in gradients]
         gradients, norm = tf.clip_by_global_norm(gradients, CLIP_NORM)
-        fine = tf.math.is_finite(norm)  # or an overflow: no step, and a smaller scale
+        fine = tf.math.is_finite(norm) | (model.precision != "float16")  # else no step
         if model.precision == "float16":
             scale.assign(tf.where(fine, tf.minimum(scale * 1.0005, 2.0**24), scale / 2))
         tf.cond(fine, lambda: _adam_w(self.slots, gradients, step, rate), lambda: None)
@@ -1153,8 +1152,7 @@ def plot_confusion_matrix(true: list[str], predicted: list[str], path: Path) -> 
     labels = sorted({*true, *predicted})
     counts = confusion_matrix(true, predicted, labels=labels)
     shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    # "$" would start a formula
-    names = [" ".join(label.split())[:40].replace("$", r"\$") for label in labels]
+    names = [" ".join(x.split())[:40].replace("$", r"\$") for x in labels]  # no formula
     size = min(4 + 0.5 * len(labels), 60)  # inches
     axes = Figure((size + 2, size), layout="constrained").subplots()
     look = {"cmap": "Blues", "include_values": False, "xticks_rotation": 90}
