@@ -54,6 +54,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import click
 import numpy as np
+from tqdm import tqdm
 
 if TYPE_CHECKING:
     import flask
@@ -594,10 +595,8 @@ def _paragraphs(library: str) -> Iterator[str]:
 # === 5. Encoding: load_tokenizer, Tokenizer, pad, batches_by_length and _by_tokens ===
 
 _NO_PIECE = "\U0010ffff"  # in place of a lone surrogate, which no library takes
-_CJK = re.compile(
-    "[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df"
-    "\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]"
-)
+_CJK = "[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df"
+_CJK = re.compile(_CJK + "\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]")
 
 
 @functools.cache
@@ -615,8 +614,7 @@ def _cased(char: str) -> str:
 
 @functools.cache
 def _uncased(char: str) -> str:
-    # By character: normalizing a long run of marks at once takes quadratic time, and
-    # adds just an order among the few marks that are left, which have no pieces.
+    # One by one: a text at once takes quadratic time, to order marks without pieces.
     plain = unicodedata.normalize("NFD", char.lower())
     return "".join(_cased(char) for char in plain if unicodedata.category(char) != "Mn")
 
@@ -658,11 +656,11 @@ class Tokenizer:
 
 
 class _WordPiece(Tokenizer):
-    def __init__(self, vocab_path: Path, do_lower_case: bool | None) -> None:
+    def __init__(self, path: Path, lower: bool | None) -> None:
         import tokenizers
 
-        lines = vocab_path.read_text("utf-8-sig").removesuffix("\n").split("\n")
-        super().__init__(vocab_path, [line.strip() for line in lines], do_lower_case)
+        lines = path.read_text("utf-8-sig").removesuffix("\n").split("\n")
+        super().__init__(path, [line.strip() for line in lines], lower)
         vocab = self._ids | {"[UNK]": self._unk_id}
         model = tokenizers.models.WordPiece(vocab, max_input_chars_per_word=200)
         self._cut = functools.lru_cache(2**12)(model.tokenize)  # 100 MB at worst
@@ -679,12 +677,11 @@ class _WordPiece(Tokenizer):
 class _SentencePiece(Tokenizer):
     specials = "<pad> <unk> [CLS] [SEP]"
 
-    def __init__(self, vocab_path: Path, do_lower_case: bool | None) -> None:
+    def __init__(self, path: Path, lower: bool | None) -> None:
         import sentencepiece
 
-        cutter = sentencepiece.SentencePieceProcessor(str(vocab_path), out_type=str)
-        pieces = [cutter.id_to_piece(i) for i in range(len(cutter))]
-        super().__init__(vocab_path, pieces, do_lower_case)
+        cutter = sentencepiece.SentencePieceProcessor(str(path), out_type=str)
+        super().__init__(path, cutter.id_to_piece([*range(len(cutter))]), lower)
         self._cut = cutter.encode
 
     def tokens(self, text: str) -> list[str]:
@@ -702,15 +699,14 @@ def load_tokenizer(
 ) -> Tokenizer:
     """The tokenizer of a checkpoint or run; PretrainedError if missing or damaged."""
     folder = Path(checkpoint_dir)
-    paths = [folder / "vocab.txt", *sorted(folder.glob("*.model"))]
-    if not (vocab_path := next(filter(Path.is_file, paths), None)):
+    if not (paths := [*folder.glob("vocab.txt"), *folder.glob("*.model")]):
         raise PretrainedError(f"{folder} has no vocab.txt or *.model: complete it")
     for path in (folder / "pretrained.json", folder / "tokenizer_config.json"):
         if do_lower_case is None and path.is_file():
             do_lower_case = _read_object(path).get("do_lower_case")
-    kind = _SentencePiece if vocab_path.suffix == ".model" else _WordPiece
-    with _raising(PretrainedError, f"{vocab_path} cannot be read"):
-        return kind(vocab_path, do_lower_case)
+    kind = _SentencePiece if paths[0].suffix == ".model" else _WordPiece
+    with _raising(PretrainedError, f"{paths[0]} cannot be read"):
+        return kind(paths[0], do_lower_case)
 
 
 def pad(token_ids: Sequence[np.ndarray]) -> np.ndarray:
@@ -721,16 +717,13 @@ def pad(token_ids: Sequence[np.ndarray]) -> np.ndarray:
     return padded
 
 
-def batches_by_length(
-    lengths: Sequence[int], batch_size: int, rng: np.random.Generator
-) -> list[np.ndarray]:
-    """Row numbers in batches of similar length, in random order."""
+def batches_by_length(lengths: Sequence[int], batch_size: int, rng: Any) -> list:
+    """Row numbers in batches of similar length, in the order of numpy's `rng`."""
     n, places = len(lengths), rng.permutation(len(lengths))
     # Sorted within random windows only, so that rows keep meeting other rows.
     order = np.lexsort((places, lengths, places // (50 * batch_size)))
     batches = [order[start : start + batch_size] for start in range(0, n, batch_size)]
-    rng.shuffle(batches)
-    return batches
+    return [batches[i] for i in rng.permutation(len(batches))]
 
 
 def batches_by_tokens(lengths: Sequence[int], token_budget: int) -> list[np.ndarray]:
@@ -745,12 +738,9 @@ def batches_by_tokens(lengths: Sequence[int], token_budget: int) -> list[np.ndar
 
 # === 6. Model: read_config, Model, build_model ===
 
-HEAD_DROPOUT = 0.1
-_CONFIG_NUMBERS = (
-    "attention_probs_dropout_prob hidden_dropout_prob hidden_size initializer_range "
-    "intermediate_size layer_norm_eps max_position_embeddings num_attention_heads "
-    "num_hidden_layers type_vocab_size vocab_size"
-)
+_CONFIG_NUMBERS = """attention_probs_dropout_prob hidden_dropout_prob hidden_size
+initializer_range intermediate_size layer_norm_eps max_position_embeddings
+num_attention_heads num_hidden_layers type_vocab_size vocab_size""".split()
 _CONFIG_WORDS = {"num_hidden_groups": (1, None), "inner_group_num": (1, None)}
 _CONFIG_WORDS |= {"hidden_act": ("gelu", "gelu_exact")}
 _EMBEDDINGS = "word position token_type".split()
@@ -763,13 +753,9 @@ def _tensorflow() -> Any:
     """TensorFlow with Keras 2 under the names that bert-for-tf2 imports."""
     os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    kept = os.dup(2)  # TensorFlow's C++ writes a page before it reads its log level
-    with open(os.devnull, "wb") as null, contextlib.ExitStack() as after:
-        after.callback(os.close, kept)
-        after.callback(os.dup2, kept, 2)
-        os.dup2(null.fileno(), 2)
-        import tensorflow as tf
-        import tf_keras
+    import tensorflow as tf
+    import tf_keras
+
     if tf.keras.layers.Layer is not tf_keras.layers.Layer:
         raise PretrainedError("Keras 3 is loaded: first set TF_USE_LEGACY_KERAS=1")
     # bert/attention.py and bert/transformer.py import TensorFlow's private Keras
@@ -781,19 +767,16 @@ def _tensorflow() -> Any:
 def read_config(checkpoint_dir: str | Path) -> dict:
     """The encoder's configuration under Google's keys; raises PretrainedError."""
     paths = [Path(checkpoint_dir, name) for name in _CONFIG_NAMES]
-    if not (path := next(filter(Path.is_file, paths), None)):
-        raise PretrainedError(f"{checkpoint_dir}: no {' or '.join(_CONFIG_NAMES)}")
+    path = next(filter(Path.is_file, paths), paths[0])
     raw = {"layer_norm_eps": 1e-12, "hidden_act": None, **_read_object(path)}
     raw["model_type"] = "albert" if "embedding_size" in raw else "bert"
     if path.name == "config.json":  # whose "gelu" is exact; Google's is the tanh form
         raw["hidden_act"] = _GELU_NAMES.get(str(raw["hidden_act"]), raw["hidden_act"])
-    numbers = _CONFIG_NUMBERS.split() + ["embedding_size"] * ("embedding_size" in raw)
+    numbers = _CONFIG_NUMBERS + ["embedding_size"] * ("embedding_size" in raw)
     wrong = [key for key, works in _CONFIG_WORDS.items() if raw.get(key) not in works]
     for key in numbers:  # only dropout may be zero
         number = raw[key] if type(raw.get(key)) in (int, float) else -1
         wrong += [] if number > 0 or number == 0 and key.endswith("_prob") else [key]
-    if not wrong and raw["hidden_size"] % raw["num_attention_heads"]:
-        wrong = ["hidden_size", "num_attention_heads"]
     if wrong:
         found = ", ".join(f"{key} {raw.get(key)!r}" for key in wrong)
         raise PretrainedError(f"{path}: {found} does not work; take another model")
@@ -802,17 +785,14 @@ def read_config(checkpoint_dir: str | Path) -> dict:
 
 @dataclass(eq=False)
 class Model:
-    """A BERT or ALBERT encoder, as bert-for-tf2's with `mask_zero`, pooler and head.
-
-    Methods take token ids [n, length], where 0 pads, and give float32 tensors.
-    Letters below: B texts, L tokens, H hidden size, A heads, D = H / A.
-    """
+    """BERT or ALBERT, pooler and head: float32 for token ids [n, length], 0 pads."""
 
     config: dict  # as read_config gives it
     variables: dict  # under bert-for-tf2's names without "bert/"
     precision: str = "float32"  # of matrix products; LayerNorm, softmax are float32
     seed: Any = None  # int32 [2]: one pass with dropout, the same for the same seed
     tf = property(lambda _: _tensorflow())
+    # Shapes below: B texts, L tokens, H hidden size, A heads, D = H / A.
 
     def weights(self) -> dict[str, np.ndarray]:
         """A copy of all variables."""
@@ -820,27 +800,32 @@ class Model:
 
     def encode_cls(self, token_ids: Any) -> Any:
         """The last layer's output at [CLS], [n, hidden]."""
-        x, mask = self._embed(token_ids)
-        kind, n_layers = self.config["model_type"], self.config["num_hidden_layers"]
-        layers = range(n_layers) if kind == "bert" else ["shared"] * n_layers
+        tf, ids = self.tf, self.tf.cast(token_ids, "int32")
+        mask = -10000.0 * tf.cast(ids == 0, tf.float32)[:, None, None]  # [B, 1, 1, L]
+        word, position, segment = map(self.variables.get, _EMBEDDINGS)
+        x = tf.gather(word, ids) + position[: tf.shape(ids)[1]] + segment[0]
+        x = self._layer_norm(x, "embeddings/LayerNorm")  # [B, L, E]
+        x = self._dropout(x, self.config["hidden_dropout_prob"])
+        x = tf.reshape(x, (-1, x.shape[-1]))
+        layers = range(self.config["num_hidden_layers"])
+        if self.config["model_type"] == "albert":
+            layers = ["shared"] * len(layers)
+            x = self._dense(x, "embeddings/word_embeddings_projector", "projector")
+            x = tf.cast(x, "float32")
         *names, last = (f"encoder/layer_{layer}" for layer in layers)
         for name in names:
-            x = self._layer(name, x, x, mask)
-        cls = x[:: self.tf.shape(mask)[-1]]  # [B*L, H] -> [B, H]
-        return self._layer(last, cls, x, mask)
+            x = self._layer(name, x, x, mask)  # all rows, [B*L, H]
+        return self._layer(last, x[:: tf.shape(ids)[1]], x, mask)  # of [CLS], [B, H]
 
     def pooled(self, token_ids: Any) -> Any:
         """Tanh pooler on `encode_cls`, [n, hidden]."""
         x = self._dense(self.encode_cls(token_ids), "pooler/dense")
-        return self._float32(self.tf.tanh(x))
+        return self.tf.cast(self.tf.tanh(x), "float32")
 
     def logits(self, token_ids: Any) -> Any:
         """Unnormalised scores of the labels, [n, n_labels]."""
-        x = self._dropout(self.pooled(token_ids), HEAD_DROPOUT)
-        return self._float32(self._dense(x, "classifier"))
-
-    def _float32(self, x: Any) -> Any:
-        return self.tf.cast(x, "float32")
+        x = self._dropout(self.pooled(token_ids), 0.1)
+        return self.tf.cast(self._dense(x, "classifier"), "float32")
 
     def _dropout(self, x: Any, rate: float) -> Any:
         if self.seed is None or not rate:
@@ -860,30 +845,15 @@ class Model:
         eps = self.config["layer_norm_eps"]
         return self.tf.nn.batch_normalization(x, mean, variance, beta, gamma, eps)
 
-    def _embed(self, token_ids: Any) -> tuple[Any, Any]:
-        tf = self.tf
-        ids = tf.cast(token_ids, tf.int32)
-        mask = -10000.0 * tf.cast(ids == 0, tf.float32)[:, None, None]  # [B, 1, 1, L]
-        word, position, segment = map(self.variables.get, _EMBEDDINGS)
-        x = tf.gather(word, ids) + position[: tf.shape(ids)[1]] + segment[0]
-        x = self._layer_norm(x, "embeddings/LayerNorm")  # [B, L, E]
-        x = self._dropout(x, self.config["hidden_dropout_prob"])
-        x = tf.reshape(x, (-1, x.shape[-1]))
-        if self.config["model_type"] == "albert":
-            x = self._dense(x, "embeddings/word_embeddings_projector", "projector")
-        return self._float32(x), mask  # x [B*L, H]
-
     def _layer(self, name: str, x: Any, context: Any, mask: Any) -> Any:
-        """One layer for the rows `x`, which attend to `context` [B*L, H]."""
         y = self._attention(f"{name}/attention/self", x, context, mask)
         x = self._add_norm(x, y, f"{name}/attention/output")
         is_tanh = self.config["hidden_act"] == "gelu"
-        y = self._dense(x, f"{name}/intermediate")
-        y = self.tf.nn.gelu(y, approximate=is_tanh)
+        y = self.tf.nn.gelu(self._dense(x, f"{name}/intermediate"), is_tanh)
         return self._add_norm(x, y, f"{name}/output")
 
     def _add_norm(self, x: Any, y: Any, name: str) -> Any:
-        y = self._float32(self._dense(y, f"{name}/dense"))
+        y = self.tf.cast(self._dense(y, f"{name}/dense"), "float32")
         y = self._dropout(y, self.config["hidden_dropout_prob"])
         return self._layer_norm(x + y, f"{name}/LayerNorm")
 
@@ -896,12 +866,11 @@ class Model:
             y = tf.reshape(y, (tf.shape(mask)[0], -1, n_heads, size))
             return tf.transpose(y, (0, 2, 1, 3))
 
-        key, value = heads(context, "key"), heads(context, "value")
-        query = heads(x, "query") * size**-0.5
+        query, key = heads(x, "query") * size**-0.5, heads(context, "key")
         scores = tf.matmul(query, key, transpose_b=True)  # [B, A, T, L]
         weights = tf.nn.softmax(tf.cast(scores, tf.float32) + mask)
         weights = self._dropout(weights, self.config["attention_probs_dropout_prob"])
-        y = tf.matmul(tf.cast(weights, self.precision), value)  # [B, A, T, D]
+        y = tf.matmul(tf.cast(weights, self.precision), heads(context, "value"))
         return tf.reshape(tf.transpose(y, (0, 2, 1, 3)), (-1, n_heads * size))
 
 
@@ -919,16 +888,16 @@ def build_model(
     tf.random.set_seed(seed)
     own = config | {"hidden_act": None}  # an activation has no variables
     stock = bert.loader.StockBertConfig.from_dict(own, return_unused=False)
-    layer = bert.BertModelLayer.from_params(stock.to_bert_model_layer_params())
-    layer([tf.zeros((1, 1), tf.int32)] * 2)  # makes the variables, LAYER/NAME:0
-    variables = {v.name.partition("/")[2][: -len(":0")]: v for v in layer.weights}
     hidden, scale = config["hidden_size"], config["initializer_range"]
-    for name, width in (("pooler/dense", hidden), ("classifier", n_labels)):
-        kernel = tf.random.truncated_normal((hidden, width), stddev=scale, seed=seed)
-        variables[f"{name}/kernel"] = tf.Variable(kernel)
-        variables[f"{name}/bias"] = tf.Variable(tf.zeros(width))
-    if load_weights:
-        with _raising(PretrainedError, f"{checkpoint_dir}: damaged or no weights"):
+    with _raising(PretrainedError, f"{checkpoint_dir}: unfit configuration or weights"):
+        layer = bert.BertModelLayer.from_params(stock.to_bert_model_layer_params())
+        layer([tf.zeros((1, 1), tf.int32)] * 2)  # makes the variables, LAYER/NAME:0
+        variables = {v.name.partition("/")[2][: -len(":0")]: v for v in layer.weights}
+        for name, width in (("pooler/dense", hidden), ("classifier", n_labels)):
+            kernel = tf.random.truncated_normal((hidden, width), 0, scale, seed=seed)
+            variables[f"{name}/kernel"] = tf.Variable(kernel)
+            variables[f"{name}/bias"] = tf.Variable(tf.zeros(width))
+        if load_weights:
             _load_weights(Path(checkpoint_dir), variables)
     return Model(config, variables, precision)
 
@@ -999,11 +968,8 @@ def learn_rate(
 
 # === 8. Training: TrainConfig and its loop ===
 
-WEIGHT_DECAY = 0.01
 CLIP_NORM = 1.0
-_EVALUATION_TOKENS = 8192  # in a batch without gradients, padding included
-_SCHEDULES = ("exponential", "constant")
-_PRECISIONS = ("float32", "bfloat16", "float16")
+_DECAYS, _PRECISIONS = ("exponential", "constant"), ("float32", "bfloat16", "float16")
 _Rows = list[tuple[np.ndarray, int]]  # token ids and label id of each text
 
 
@@ -1024,7 +990,7 @@ class TrainConfig:
     max_learn_rate: float | None = _field("peak learning rate", None, 3e-5, (1e-12, 1))
     min_learn_rate: float | None = _field("last learning rate", None, 3e-7, (1e-12, 1))
     warmup_proportion: float | None = _field("share of the steps", None, 0.2, (0, 1))
-    schedule: str = _field("after the warm-up", "exponential", choices=_SCHEDULES)
+    schedule: str = _field("after the warm-up", "exponential", choices=_DECAYS)
     seed: int = _field("of splits, order, head, dropout", 0, within=(0, 2**31 - 1))
     text_column: str | None = _field("column of the texts", None, "found")
     label_column: str | None = _field("column of the labels", None, "found")
@@ -1053,7 +1019,6 @@ def _resolve(config: TrainConfig) -> TrainConfig:
 
 
 def _choose_gpu(gpu: str | None) -> None:
-    """Makes one GPU visible, with memory that grows; without GPUs the CPU is used."""
     tf = _tensorflow()
     gpus = tf.config.list_physical_devices("GPU")
     if gpu is not None and gpu not in map(str, range(len(gpus))):
@@ -1064,17 +1029,16 @@ def _choose_gpu(gpu: str | None) -> None:
         tf.config.experimental.set_memory_growth(chosen, True)
 
 
-def _adam_w(slots: dict, gradients: list, step: Any, learn_rate: Any) -> None:
+def _adam_w(slots: dict, gradients: list, step: Any, rate: Any) -> None:
     """AdamW (Loshchilov & Hutter 2019), bias-corrected; steps count from 0."""
-    tf, beta_1, beta_2 = _tensorflow(), 0.9, 0.999
+    tf = _tensorflow()
     n = tf.cast(step + 1, tf.float32)
-    for (name, (variable, m, v)), gradient in zip(slots.items(), gradients):
+    for (name, (var, m, v)), gradient in zip(slots.items(), gradients):
         if not name.endswith(("bias", "gamma", "beta")):
-            variable.assign_sub(learn_rate * WEIGHT_DECAY * variable)
+            var.assign_sub(rate * 0.01 * var)  # weight decay
         tf.raw_ops.ResourceApplyAdam(
-            var=variable.handle, m=m.handle, v=v.handle,
-            beta1_power=beta_1**n, beta2_power=beta_2**n, lr=learn_rate,
-            beta1=beta_1, beta2=beta_2, epsilon=1e-6, grad=gradient,
+            var=var.handle, m=m.handle, v=v.handle, grad=gradient, epsilon=1e-6,
+            beta1=0.9, beta2=0.999, beta1_power=0.9**n, beta2_power=0.999**n, lr=rate,
         )  # fmt: skip
 
 
@@ -1094,17 +1058,16 @@ class _Trainer:
         self.slots = {k: [v, tf.Variable(0 * v), tf.Variable(0 * v)] for k, v in pairs}
         self.scale = tf.Variable(2.0**15 if model.precision == "float16" else 1.0)
         ids, *rest = (tf.TensorSpec(s, tf.int32) for s in ((None, None), (None,), ()))
-        compiled = functools.partial(tf.function, autograph=False)
+        compiled = functools.partial(tf.function, autograph=False)  # once for all sizes
         self.train_step = compiled(self._train_step, [ids, *rest, tf.TensorSpec(())])
         self.logits = compiled(model.logits, [ids])
         writer, parts = tf.summary.create_file_writer, ("train", "validation")
         self.writers = {part: writer(str(log_dir / part)) for part in parts}
-        self.step, self.rate, self.seconds = 0, 0.0, 0.0
-        self.history: list[dict] = []  # of the validation, one entry an epoch
+        self.step, self.rate, self.seconds, self.best_loss = 0, 0.0, 0.0, math.inf
         self.best_weights: dict[str, np.ndarray] = {}
 
     def fit(self, train: _Rows, validation: _Rows) -> dict:
-        """Trains and gives its figures; without validation the last epoch is kept."""
+        """Trains and gives its speed; without validation the last epoch is kept."""
         for epoch in range(1, self.config.n_epochs + 1):
             began = time.perf_counter()
             self._epoch(epoch, train)
@@ -1114,12 +1077,9 @@ class _Trainer:
         for name, array in self.best_weights.items():
             self.model.variables[name].assign(array)
         speed = self.config.n_epochs * len(train) / self.seconds
-        figures = {"train_texts_per_s": speed, "train_seconds": self.seconds}
-        return figures | {"validation": self.history}
+        return {"train_texts_per_s": speed, "train_seconds": self.seconds}
 
     def _epoch(self, epoch: int, rows: _Rows) -> None:
-        from tqdm import tqdm
-
         config, rng = self.config, np.random.default_rng([self.config.seed, epoch - 1])
         batches = batches_by_length([len(x) for x, _ in rows], config.batch_size, rng)
         n_steps, high = config.n_epochs * len(batches), config.max_learn_rate
@@ -1133,7 +1093,6 @@ class _Trainer:
             self.step += 1
 
     def _train_step(self, token_ids: Any, label_ids: Any, step: Any, rate: Any) -> Any:
-        """One optimizer step; one trace of it serves all batch shapes."""
         tf, model, scale = _tensorflow(), self.model, self.scale
         with tf.GradientTape() as tape:
             noisy = dataclasses.replace(model, seed=tf.stack([self.config.seed, step]))
@@ -1141,33 +1100,26 @@ class _Trainer:
         gradients = tape.gradient(figures["loss"], [*model.variables.values()], scale)
         gradients = [tf.convert_to_tensor(gradient) / scale for gradient in gradients]
         gradients, norm = tf.clip_by_global_norm(gradients, CLIP_NORM)
+        fine = tf.math.is_finite(norm) | (model.precision != "float16")  # else no step
         if model.precision == "float16":
-            # a step that overflowed is left out, and the loss scaled down
-            fine = tf.math.is_finite(norm)
-            gradients = [tf.where(fine, gradient, 0.0) for gradient in gradients]
             scale.assign(tf.where(fine, tf.minimum(scale * 1.0005, 2.0**24), scale / 2))
-            rate = tf.where(fine, rate, 0.0)
-        _adam_w(self.slots, gradients, step, rate)
+        tf.cond(fine, lambda: _adam_w(self.slots, gradients, step, rate), lambda: None)
         return figures
 
     def _validate(self, epoch: int, rows: _Rows) -> None:
         token_ids, label_ids = zip(*rows)
         figures = _loss_and_accuracy(self.predict(token_ids), label_ids)
-        entry = {"epoch": epoch} | self._record("validation", figures)
-        words = "epoch %(epoch)d: validation loss %(loss).4f, accuracy %(accuracy).4f"
-        log.info(words, entry)
-        if all(entry["loss"] < other["loss"] for other in self.history):
-            self.best_weights = self.model.weights()
-        self.history.append(entry)
+        figures = self._record("validation", figures)
+        log.info("epoch %d: validation %s", epoch, figures)
+        if figures["loss"] < self.best_loss:
+            self.best_loss, self.best_weights = figures["loss"], self.model.weights()
 
     def predict(self, token_ids: Sequence[np.ndarray]) -> np.ndarray:
-        """Logits, float32 [n, n_labels]."""
-        batches = batches_by_tokens([len(ids) for ids in token_ids], _EVALUATION_TOKENS)
+        batches = batches_by_tokens([len(ids) for ids in token_ids], 8192)
         parts = [self.logits(pad([token_ids[row] for row in rows])) for rows in batches]
-        return np.concatenate(parts)[np.argsort(np.concatenate(batches))]
+        return np.concatenate(parts)[np.argsort(np.concatenate(batches))]  # logits
 
     def _record(self, part: str, figures: dict[str, Any]) -> dict[str, float]:
-        """Writes a step's figures for TensorBoard and gives them."""
         figures = {k: float(v) for k, v in figures.items()} | {"learn_rate": self.rate}
         if not np.isfinite(loss := figures["loss"]):
             raise TrainingError(f"loss is {loss}; lower max_learn_rate or use float32")
@@ -1184,13 +1136,12 @@ def evaluate_predictions(true: list[str], predicted: list[str]) -> dict:
     """`accuracy`, `macro_f1`, `n`; `per_label`: precision, recall, f1 and support."""
     from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
-    labels = sorted({*true, *predicted})
     table = precision_recall_fscore_support(true, predicted, zero_division=0)
     names = ("precision", "recall", "f1", "support")
     rows = [dict(zip(names, map(float, row))) for row in zip(*table)]
     accuracy, macro_f1 = accuracy_score(true, predicted), float(np.mean(table[2]))
     whole = {"accuracy": accuracy, "macro_f1": macro_f1, "n": len(true)}
-    return whole | {"per_label": dict(zip(labels, rows))}
+    return whole | {"per_label": dict(zip(sorted({*true, *predicted}), rows))}
 
 
 def plot_confusion_matrix(true: list[str], predicted: list[str], path: Path) -> None:
@@ -1201,8 +1152,7 @@ def plot_confusion_matrix(true: list[str], predicted: list[str], path: Path) -> 
     labels = sorted({*true, *predicted})
     counts = confusion_matrix(true, predicted, labels=labels)
     shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    # "$" would start a formula
-    names = [" ".join(label.split())[:40].replace("$", r"\$") for label in labels]
+    names = [" ".join(x.split())[:40].replace("$", r"\$") for x in labels]  # no formula
     size = min(4 + 0.5 * len(labels), 60)  # inches
     axes = Figure((size + 2, size), layout="constrained").subplots()
     look = {"cmap": "Blues", "include_values": False, "xticks_rotation": 90}
