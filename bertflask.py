@@ -1753,6 +1753,7 @@ class _Api:
         keys = keys.replace(",", " ").split()
         self.keys = [f"Bearer {key}".encode() for key in keys]
         self.app = Flask(__name__, static_folder=None)
+        self.app.extensions["bertflask"] = self
         self.app.json.sort_keys = False
         self.app.url_map.merge_slashes = False  # it redirects, with a page of HTML
         proxied = ProxyFix(self.app.wsgi_app, config.trusted_proxies, x_proto=0)
@@ -2040,8 +2041,8 @@ def _watch(api: _Api, load: Callable, latest: Path, wake: Any) -> None:
     """Changes the model when `latest` does, or on `wake`; keeps it if that fails."""
     seen, asked = None, False
     while True:
-        now = latest.read_bytes() if latest.is_file() else seen
-        if asked or now != (seen or now):
+        now = latest.read_bytes() if latest.is_file() else b""
+        if asked or seen not in (None, now):
             try:
                 api.model.swap(load())
                 api.reload_error = None
