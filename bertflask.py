@@ -148,7 +148,6 @@ PRETRAINED: dict[str, Pretrained] = {
 
 _STALL_S = 30.0  # without a byte from the server
 _RETRY_WAITS_S = (1.0, 4.0, 10.0)
-_ARCHIVE_NAME = re.compile(r"(.*[^.].*)\.(?:zip|tar\.gz)")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _CONFIG_NAMES = ("bert_config.json", "albert_config.json", "config.json")
 _NEEDED = {  # by configuration file in Google's layout, by type in Hugging Face's
@@ -157,58 +156,53 @@ _NEEDED = {  # by configuration file in Google's layout, by type in Hugging Face
     "bert": ("vocab.txt", "model.safetensors"),
     "albert": ("spiece.model", "model.safetensors"),
 }
-# keys of a config.json and the values that work here
 _SUPPORTED = {"model_type": ("bert", "albert"), "pad_token_id": (0, None)}
-_SUPPORTED |= {"position_embedding_type": ("absolute", None)}
+_SUPPORTED |= {"position_embedding_type": ("absolute", None)}  # in a config.json
 
 
 def fetch_pretrained(model_name: str | Path, models_dir: str | Path = "models") -> Path:
-    """The folder of a ready checkpoint, fetched and unpacked the first time.
-
-    `model_name` is a folder (used where it lies), a .zip or .tar.gz, a name in
-    PRETRAINED or `owner/name` on Hugging Face. Raises PretrainedError, DownloadError.
+    """The folder of a checkpoint: a folder itself, or a .zip or .tar.gz, a name in
+    PRETRAINED or `owner/name` on Hugging Face, which is made ready the first time.
+    Raises PretrainedError, DownloadError.
     """
-    source = str(model_name)
+    source = name = str(model_name)
     if os.path.isdir(source):
         return _ready_checkpoint(Path(source))
-    name = _name_of(source)
+    if is_archive := os.path.isfile(source):
+        match = re.fullmatch(r"(.*[^.].*)\.(?:zip|tar\.gz)", Path(source).name)
+        if not match:
+            raise PretrainedError(f"{source} is no .zip or .tar.gz, nor a folder")
+        name = match[1]
+    elif source not in PRETRAINED and not _HUB_NAME.fullmatch(source):
+        raise PretrainedError(f"no model, file or folder {source!r}: see `models`")
     ready_dir = Path(models_dir, "pretrained", name.replace("/", "--"))
-    stage_dir = ready_dir.with_name(f".{ready_dir.name}.unfinished")
-    with _raising(DownloadError, f"cannot unpack {name}, get it again"):
-        ready_dir.parent.mkdir(parents=True, exist_ok=True)
-        with stage_dir.with_suffix(".lock").open("w") as lock_file:
-            fcntl.flock(lock_file, fcntl.LOCK_EX)  # the first process does the work
-            if not ready_dir.exists():
-                _publish(source, name, stage_dir, ready_dir)
-        if os.path.isfile(source):
-            note = _read_object(ready_dir / "pretrained.json")
-            if note.get("digest") != _digest(Path(source)):
-                raise PretrainedError(f"{ready_dir} is of another archive: remove it")
+    with _raising(DownloadError, f"cannot make {ready_dir} ready"):
+        if not ready_dir.exists():
+            _publish(source, name, ready_dir)
+        path = ready_dir / "pretrained.json"
+        if is_archive and _read_object(path).get("digest") != _digest(Path(source)):
+            raise PretrainedError(f"{ready_dir} is of another archive: remove it")
     return _ready_checkpoint(ready_dir)
 
 
-def _name_of(source: str) -> str:
-    if os.path.isfile(source):
-        if match := _ARCHIVE_NAME.fullmatch(Path(source).name):
-            return match[1]
-        raise PretrainedError(f"{source} is no .zip or .tar.gz: pass one or a folder")
-    if source in PRETRAINED or _HUB_NAME.fullmatch(source):
-        return source
-    raise PretrainedError(f"no model, file or folder {source!r}; `models` lists names")
-
-
-def _publish(source: str, name: str, stage_dir: Path, ready_dir: Path) -> None:
-    shutil.rmtree(stage_dir, ignore_errors=True)  # of a run that was killed
-    stage_dir.mkdir()
-    try:
-        row = PRETRAINED.get(name)
-        note = {"model_name": name, "do_lower_case": row and row.do_lower_case}
-        note |= _fetch(source, stage_dir)
-        checkpoint_dir = _ready_checkpoint(stage_dir / "model")
-        (checkpoint_dir / "pretrained.json").write_text(json.dumps(note, indent=2))
-        checkpoint_dir.rename(ready_dir)
-    finally:
-        shutil.rmtree(stage_dir, ignore_errors=True)
+def _publish(source: str, name: str, ready_dir: Path) -> None:
+    stage_dir = ready_dir.with_name(f".{ready_dir.name}.unfinished")
+    stage_dir.parent.mkdir(parents=True, exist_ok=True)
+    with stage_dir.with_suffix(".lock").open("w") as lock_file:
+        fcntl.flock(lock_file, fcntl.LOCK_EX)
+        if ready_dir.exists():  # the first process has done the work
+            return
+        shutil.rmtree(stage_dir, ignore_errors=True)  # of a run that was killed
+        stage_dir.mkdir()
+        try:
+            row = PRETRAINED.get(name)
+            note = {"model_name": name, "do_lower_case": row and row.do_lower_case}
+            note |= _fetch(source, stage_dir)
+            checkpoint_dir = _ready_checkpoint(stage_dir / "model")
+            (checkpoint_dir / "pretrained.json").write_text(json.dumps(note, indent=2))
+            checkpoint_dir.rename(ready_dir)
+        finally:
+            shutil.rmtree(stage_dir, ignore_errors=True)
 
 
 def _fetch(source: str, stage_dir: Path) -> dict[str, str]:
@@ -224,7 +218,8 @@ def _fetch(source: str, stage_dir: Path) -> dict[str, str]:
         return _fetch_hub(source, stage_dir / "model")
     # With the standard library, which keeps all members in the folder.
     options = {"filter": "data"} if archive_path.suffix == ".gz" else {"format": "zip"}
-    shutil.unpack_archive(archive_path, stage_dir / "model", **options)
+    with _raising(DownloadError, f"cannot unpack {archive_path.name}, get it again"):
+        shutil.unpack_archive(archive_path, stage_dir / "model", **options)
     return {"source": origin, "digest": _digest(archive_path)}
 
 
@@ -244,10 +239,9 @@ def _fetch_hub(name: str, model_dir: Path) -> dict[str, str]:
     import huggingface_hub as hub
 
     with _raising(DownloadError, f"cannot fetch {name} from the hub, check the name"):
+        wanted = ["config.json", "tokenizer_config.json", *_NEEDED["bert"]]
+        wanted += _NEEDED["albert"]
         options = {"revision": hub.model_info(name).sha, "local_dir": model_dir}
-        hub.snapshot_download(name, allow_patterns="config.json", **options)
-        # Its kind is checked here, before gigabytes of another one.
-        wanted = ["tokenizer_config.json", *_needed_beside(model_dir / "config.json")]
         hub.snapshot_download(name, allow_patterns=wanted, **options)
         shutil.rmtree(model_dir / ".cache", ignore_errors=True)  # the library's notes
     return {"source": f"hub {name}", "digest": options["revision"]}
@@ -271,8 +265,6 @@ def _raising(kind: type[BertFlaskError], words: str) -> Iterator[None]:
 def _download(path: str, part_path: Path) -> str:
     """Fetches a file of Google's storage or its mirror; gives the URL."""
     storage = os.environ.get("BERTFLASK_MIRROR") or "https://storage.googleapis.com/"
-    if not storage.startswith(("http://", "https://")):
-        raise DownloadError(f"BERTFLASK_MIRROR is {storage!r}: set an http(s) address")
     url = f"{storage.rstrip('/')}/{path}"
     advice = "get it by hand and pass its path, or set BERTFLASK_MIRROR"
     for wait_s in (*_RETRY_WAITS_S, None):
@@ -327,21 +319,15 @@ def _ready_checkpoint(folder: Path) -> Path:
     paths = next(filter(None, levels), [])
     if len({path.parent for path in paths}) != 1:
         raise PretrainedError(f"no model in {folder}: it has none of {_CONFIG_NAMES}")
-    folder, needed = paths[0].parent, _needed_beside(paths[0])
-    if missing := ", ".join(x for x in needed if not any(folder.glob(x))):
+    folder, kind, config = paths[0].parent, paths[0].name, _read_object(paths[0])
+    if kind == "config.json":  # Hugging Face's
+        found = {key: config.get(key) for key in _SUPPORTED}
+        if not all(found[key] in values for key, values in _SUPPORTED.items()):
+            raise PretrainedError(f"{paths[0]} has {found}; what works is {_SUPPORTED}")
+        kind = config["model_type"]
+    if missing := ", ".join(x for x in _NEEDED[kind] if not any(folder.glob(x))):
         raise PretrainedError(f"{folder} lacks {missing} (not sharded, not pickled)")
     return folder
-
-
-def _needed_beside(path: Path) -> tuple[str, ...]:
-    """The other files of a model; PretrainedError if its kind cannot be used."""
-    config = _read_object(path)
-    if path.name in _NEEDED:  # Google's
-        return _NEEDED[path.name]
-    found = {key: config.get(key) for key in _SUPPORTED}
-    if not all(found[key] in values for key, values in _SUPPORTED.items()):
-        raise PretrainedError(f"{path} has {found}; what works is {_SUPPORTED}")
-    return _NEEDED[config["model_type"]]
 
 
 def _read_object(path: Path, error: type = PretrainedError, **types: type) -> dict:
