@@ -145,8 +145,7 @@ PRETRAINED: dict[str, Pretrained] = {
 
 # === 3. Download: fetch_pretrained ===
 
-_STALL_S = 30.0  # without a byte from the server
-_RETRY_WAITS_S = (1.0, 4.0, 10.0)
+_STALL_S, _RETRY_WAITS_S = 30.0, (1.0, 4.0, 10.0)  # without a byte; before a retry
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _CONFIG_NAMES = ("bert_config.json", "albert_config.json", "config.json")
 _NEEDED = {  # by configuration file in Google's layout, by type in Hugging Face's
@@ -167,10 +166,9 @@ def fetch_pretrained(model_name: str | Path, models_dir: str | Path = "models") 
     if os.path.isdir(source):
         return _ready_checkpoint(Path(source))
     if is_archive := os.path.isfile(source):
-        match = re.fullmatch(r"(.*[^.].*)\.(?:zip|tar\.gz)", Path(source).name)
-        if not match:
+        name = re.sub(r"\.(zip|tar\.gz)\Z", "", Path(source).name)
+        if name == Path(source).name or not name.strip("."):
             raise PretrainedError(f"{source} is no .zip or .tar.gz, nor a folder")
-        name = match[1]
     elif source not in PRETRAINED and not _HUB_NAME.fullmatch(source):
         raise PretrainedError(f"no model, file or folder {source!r}: see `models`")
     ready_dir = Path(models_dir, "pretrained", name.replace("/", "--"))
@@ -220,7 +218,7 @@ def _fetch(source: str, stage_dir: Path) -> dict[str, str]:
         return {"source": f"hub {source}", "digest": options["revision"]}
     # With the standard library, which keeps all members in the folder.
     options = {"filter": "data"} if archive_path.suffix == ".gz" else {"format": "zip"}
-    with _raising(DownloadError, f"cannot unpack {archive_path.name}, get it again"):
+    with _raising(DownloadError, f"cannot unpack {source}, if damaged get it again"):
         shutil.unpack_archive(archive_path, stage_dir / "model", **options)
     return {"source": origin, "digest": _digest(archive_path)}
 
