@@ -1817,7 +1817,8 @@ class _Api:
         )
         plain = {"200": {"description": "OK"}, "default": error}
         paths: dict = {path: {"get": {"responses": plain}} for path in self.views}
-        post = {"responses": plain | {"200": answer}, "requestBody": body}
+        post = {"responses": plain | {"200": answer}}
+        post["requestBody"] = body | {"required": True}
         paths["/predict"] = {"post": post}
         parts = {"schemas": schemas}
         parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
