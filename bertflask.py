@@ -1583,9 +1583,8 @@ class Batcher:
 
     def _work(self) -> None:
         while self._queue or not self._closed:
-            if batch := self._take():
-                self._run(batch)
-                self._began = math.inf
+            self._run(self._take())  # holding no batch of a replaced model
+            self._began = math.inf
 
     def _take(self) -> list[_Job]:
         with self._changed:
@@ -1598,10 +1597,12 @@ class Batcher:
             batch = [same[row] for rows in batches if 0 in rows for row in rows]
             self._running = {job.key: job for job in batch}
             self._queue = {x.key: x for x in waiting if x.key not in self._running}
-            self._began = time.monotonic() if batch else math.inf
+            self._began = time.monotonic()
             return batch
 
     def _run(self, batch: list[_Job]) -> None:
+        if not batch:  # all who asked have left
+            return
         classifier, began = batch[0].key[0], time.monotonic()
         try:
             results = classifier.run([job.token_ids for job in batch])
