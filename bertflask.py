@@ -329,8 +329,10 @@ def _read_object(path: Path, error: type = PretrainedError, **types: type) -> di
 # === 4. Dataset: read_examples, check_examples, split_examples, load_examples ===
 
 # Columns of texts and of labels, most telling first; names in one string are equals.
-_TEXT_NAMES = "text", "post", "sentence question message content body review comment"
-_LABEL_NAMES = "label", "tags", "labels class category intent target topic sentiment"
+_TEXTS = "sentence utterance query question message content body review comment tweet"
+_TEXT_NAMES = "text", "post", _TEXTS
+_LABELS = "labels tag class category intent target topic sentiment"
+_LABEL_NAMES = "label", "tags", _LABELS
 _LIBRARIES = "numpy tensorflow flask werkzeug click jinja2 onnxruntime matplotlib"
 _LIBRARIES += " asyncio email importlib multiprocessing"
 
@@ -380,7 +382,8 @@ class _Table:
                 self._add(line, row)
                 line = reader.line_num + 1
         except csv.Error as error:
-            raise DataError(f"{path}: line {line}: {error}; quote all fields") from None
+            words = str(error).replace("unexpected end of data", "a quote stays open")
+            raise DataError(f"{path}: line {line}: {words}; quote all fields") from None
         if not self.rows:
             raise DataError(f"{path}: no rows; add a text and a label below a header")
 
@@ -533,16 +536,20 @@ def _read_docstrings() -> Examples:
 
 def _paragraphs(library: str) -> Iterator[str]:
     """Of docstrings, the first; nothing is imported; the version decides the order."""
+    if not (origin := getattr(importlib.util.find_spec(library), "origin", None)):
+        return
     # Not the search locations: tensorflow adds more to them when it is imported.
-    root = Path(importlib.util.find_spec(library).origin).parent
+    root = Path(origin).parent
     paths = np.random.default_rng(0).permutation(sorted(root.rglob("*.py")))
     paths = (x for x in paths if not {"test", "tests"} & {*x.relative_to(root).parts})
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for path in paths:
-        with warnings.catch_warnings(action="ignore"):  # others' invalid escapes
+        # of other people are invalid escapes and whole files that do not parse
+        bad = contextlib.suppress(SyntaxError, ValueError)
+        with warnings.catch_warnings(action="ignore"), bad:
             nodes = ast.walk(ast.parse(path.read_bytes()))
-        texts = (ast.get_docstring(x) or "" for x in nodes if isinstance(x, kinds))
-        yield from (re.split(r"\n\s*\n", text)[0] for text in texts)
+            texts = (ast.get_docstring(x) or "" for x in nodes if isinstance(x, kinds))
+            yield from (re.split(r"\n\s*\n", text)[0] for text in texts)
 
 
 # === 5. Encoding: load_tokenizer, Tokenizer, pad, batches_by_length and _by_tokens ===

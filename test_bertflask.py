@@ -1089,7 +1089,7 @@ def test_field_of_megabytes_is_read_whole(read):
 @pytest.mark.parametrize(
     "content, problem",
     [
-        ('text,label\na,x\n"b,y\nc,z\n', "line 3: unexpected end of data"),
+        ('text,label\na,x\n"b,y\nc,z\n', "line 3: a quote stays open"),
         ('text,label\n"a\nb",x\n"b" c,y\n', "line 4: ',' expected after"),
         ("text,label\na,x\nb,y,z\n", "line 3: 3 fields where the header has 2; quote"),
         ("text,label,n\na,x,1\nb,y\n", "line 3: 2 fields where the header has 3"),
