@@ -25,6 +25,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -196,18 +197,15 @@ CLIENTS, MORE_CLIENTS = (1, 16, 64), (128, 256)  # more: for bertflask alone
 
 
 def _peer_commands() -> dict[str, list[str | Path]]:
-    found: dict = {}
+    flags = ["--labels", str(N_LABELS), "--max-seq-len", str(MAX_SEQ_LEN)]
+    python, found = shlex.quote(PEERS_PYTHON), {}
     for name, modules in PEERS.items():
-        try:
-            check = [PEERS_PYTHON, "-c", f"import {modules}"]
-            subprocess.run(check, check=True, stderr=subprocess.DEVNULL)
-        except (OSError, subprocess.CalledProcessError):
+        if subprocess.getstatusoutput(f"{python} -c 'import {modules}'")[0]:
             words = f"{name} is left out: {PEERS_PYTHON} cannot import {modules}"
             click.echo(words, err=True)
-            continue
-        flags = ["--labels", str(N_LABELS), "--max-seq-len", str(MAX_SEQ_LEN)]
-        path = DATA_DIR / "peers" / f"{name}.py"
-        found[name] = [PEERS_PYTHON, path, checkpoint(), *flags]
+        else:
+            path = DATA_DIR / "peers" / f"{name}.py"
+            found[name] = [PEERS_PYTHON, path, checkpoint(), *flags]
     return found
 
 
@@ -251,13 +249,16 @@ def bench_serve(seconds: float, rounds: int) -> None:
     with _loader(seconds) as load:
         for _, name in itertools.product(range(rounds), commands):
             clients = CLIENTS + MORE_CLIENTS * (name == "bertflask")
-            with Server(*commands[name]) as server:
-                figures = {"start to first answer: s": server.ready_s}
-                for case in itertools.product(DATASETS, clients):
-                    figures |= load(server, *case)
-                figures["peak memory: MB"] = server.memory("VmHWM")
-            found[name].append(figures)
+            found[name].append(_round(load, commands[name], clients))
     click.echo("\n".join([*_table(found), *_after_peak(found["bertflask"])]))
+
+
+def _round(load: Callable, command: list, clients: tuple) -> dict[str, float]:
+    with Server(*command) as server:
+        figures = {"start to first answer: s": server.ready_s}
+        for case in itertools.product(DATASETS, clients):
+            figures |= load(server, *case)
+        return figures | {"peak memory: MB": server.memory("VmHWM")}
 
 
 def _median(rounds: list[dict], figure: str) -> float:
@@ -352,7 +353,7 @@ def bench_bulk(n_texts: int, seconds: float, rounds: int) -> None:
 
 _TOLERANCE = 1e-5  # of probabilities, between a batch of one and any other
 _GROWTH = 1.1  # of memory, from the second to the last third of the time
-_N_CLIENTS, _N_WAITING, _N_TEXTS = 500, 256, 1000
+_N_CLIENTS, _N_WAITING, _N_TEXTS = 500, 256, 500
 _RELOAD_S, _CAPACITY_S = 3, 5.0
 _LATE, _REFUSALS = "X-Request-Deadline-Ms", (429, 503, 504)  # that good input may meet
 _BAD = (  # method, path, body and headers that must be refused
@@ -468,7 +469,9 @@ def _expected(run_dirs: list[Path]) -> dict:
 
 def _never_reads(port: int) -> socket.socket:
     """A client that asks for more than fits on the way, and reads none of it."""
-    client = socket.create_connection(("127.0.0.1", port))
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.connect(("127.0.0.1", port))
     body = json.dumps({"x": [str(i) for i in range(1000)], "top_k": N_LABELS})
     head = f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}"
     client.sendall(f"{head}\r\n\r\n{body}".encode())
@@ -492,7 +495,7 @@ def bench_endurance(seconds: int) -> None:
         with Server(*serve_command(*flags)) as server:
             traffic = Traffic(server.port, expected)
             problems = _overload(server, traffic, seconds, change)
-    problems += [f"{n} times: {what}" for what, n in traffic.wrong.items()]
+    problems += [f"{n} times: {what}" for what, n in traffic.wrong.most_common(20)]
     problems += [f"{x} never answered" for x in expected if not traffic.seen[x]]
     if problems:
         raise click.ClickException("\n".join(problems))
@@ -504,27 +507,35 @@ def _overload(
 ) -> list[str]:
     """Tells what it saw and gives the problems of the server as a whole."""
     capacity = _capacity(traffic)
-    with contextlib.closing(_never_reads(server.port)):
+    with contextlib.closing(_never_reads(server.port)) as client:
         join, memory = traffic.start(_N_CLIENTS, seconds, 3 * capacity, 0.1), []
         for second in range(seconds):
+            memory.append(server.memory("VmRSS"))
             if second % _RELOAD_S == 0:
                 change()
-            memory.append(server.memory("VmRSS"))
             time.sleep(1)
         join()
-        metrics = ask(server.port, "/metrics")[1]
+        metrics, began = (
+            ask(server.port, "/metrics")[1],
+            client.recv(12, socket.MSG_PEEK),
+        )
         code = server.stop()
-    _, middle, last = thirds = [max(p.tolist()) for p in np.array_split(memory, 3)]
     n_sent = sum(n for what, n in traffic.seen.items() if what not in traffic.expected)
     click.echo(f"capacity {capacity:.1f}, offered {n_sent / seconds:.1f} requests/s")
     click.echo(f"answers: {dict(sorted(traffic.seen.items()))}")
+    problems = re.findall(r'requests_total\{.*status="5(?!03|04).*', metrics)
+    problems += re.findall(r'reloads_total\{(?!result="done").*', metrics)
+    problems += [f"who never reads got {began}"] * (began != b"HTTP/1.1 200")
+    return problems + _growth(memory) + [f"exit code {code}"] * (code != 0)
+
+
+def _growth(memory: list[float]) -> list[str]:
+    """The same for memory; the first third of the time is to warm up."""
+    _, middle, last = thirds = [max(p.tolist()) for p in np.array_split(memory, 3)]
     click.echo(
         f"most memory in each third, MB: {', '.join(map('{:.0f}'.format, thirds))}"
     )
-    bugs = r'requests_total\{.*status="5(?!03|04).*|reloads_total\{(?!result="done").*'
-    problems = re.findall(bugs, metrics)
-    problems += [f"memory grew by {last / middle - 1:.0%}"] * (last > _GROWTH * middle)
-    return problems + [f"exit code {code}"] * (code != 0)
+    return [f"memory grew by {last / middle - 1:.0%}"] * (last > _GROWTH * middle)
 
 
 def _capacity(traffic: Traffic) -> float:
