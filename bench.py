@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import http.client
 import itertools
 import json
@@ -232,7 +233,9 @@ def _loader(seconds: float) -> Iterator[Callable]:
     with tempfile.TemporaryDirectory() as folder:
         for dataset in DATASETS:  # whose columns have several names, load.py's one
             rows = [["text"], *([x] for x in read_texts(dataset, "test"))]
-            with Path(folder, f"{dataset}.csv").open("w", newline="") as file:
+            with Path(folder, f"{dataset}.csv").open(
+                "w", -1, "utf-8", newline=""
+            ) as file:
                 csv.writer(file).writerows(rows)
         yield load
 
@@ -279,10 +282,8 @@ def _table(found: dict[str, list[dict]]) -> Iterator[str]:
 def _after_peak(rounds: list[dict]) -> Iterator[str]:
     """How far throughput falls when there are more clients than it needs."""
     for dataset in DATASETS:
-        heads = [
-            f"{dataset}, {n} clients: steady_per_s" for n in CLIENTS + MORE_CLIENTS
-        ]
-        rates = [_median(rounds, head) for head in heads]
+        head, counts = f"{dataset}, {{}} clients: steady_per_s", CLIENTS + MORE_CLIENTS
+        rates = [_median(rounds, head.format(n)) for n in counts]
         share = min(rates[rates.index(max(rates)) :]) / (max(rates) or 1)
         yield f"{dataset}: from its peak on, throughput is at least {share:.2f} of it"
 
@@ -318,10 +319,11 @@ def multiply_adds(config: dict, n_tokens: int) -> int:
 
 def _product_rate(seconds: float) -> float:
     """Multiply-adds a second of large float32 matrix products."""
-    n, n_done, began = 2048, 0, time.perf_counter()
-    matrix = np.random.default_rng(0).random((n, n), np.float32)
+    n, n_done = 2048, 0
+    matrix, product = np.random.default_rng(0).random((2, n, n), np.float32)
+    began = time.perf_counter()
     while time.perf_counter() - began < seconds:
-        np.matmul(matrix, matrix)
+        np.matmul(matrix, matrix, product)
         n_done += 1
     return n_done * n**3 / (time.perf_counter() - began)
 
@@ -334,11 +336,12 @@ def bench_bulk(n_texts: int, seconds: float, rounds: int) -> None:
     """Compare Classifier.probabilities with matrix products, by turns."""
     found = [read_texts(name, "train", "test") for name in DATASETS]
     texts = random.Random(0).sample([*itertools.chain(*found)], n_texts)
-    run_dir = random_run(checkpoint())
+    run_dir, shares = random_run(checkpoint()), []
     config = bertflask.read_config(checkpoint())
-    classifier, shares = bertflask.Classifier.load(run_dir), []
-    needed = sum(multiply_adds(config, len(x)) for x in classifier.encode(texts)[0])
+    token_ids, _ = bertflask.Classifier.load(run_dir).encode(texts)
+    needed = sum(multiply_adds(config, len(ids)) for ids in token_ids)
     for _ in range(rounds):
+        classifier = bertflask.Classifier.load(run_dir)  # which remembers no words yet
         before, began = _product_rate(seconds / 2), time.perf_counter()
         classifier.probabilities(texts)
         rate = needed / (time.perf_counter() - began)
@@ -397,10 +400,9 @@ class Traffic:
         began = time.monotonic()
         # a client that is late takes the next time, so that the rate is kept
         times = (began + i / rate for i in itertools.count())
-        rows = [
-            (times, began + seconds, bad, random.Random(i)) for i in range(n_clients)
-        ]
-        threads = [threading.Thread(target=self._client, args=row) for row in rows]
+        args = (times, began + seconds, bad)
+        make = functools.partial(threading.Thread, target=self._client, daemon=True)
+        threads = [make(args=(*args, random.Random(i))) for i in range(n_clients)]
         for thread in threads:
             thread.start()
         return lambda: [thread.join() for thread in threads]
@@ -426,8 +428,8 @@ class Traffic:
             else:
                 answer = connection.getresponse()
                 self._check(texts, answer.status, answer.read())
-        except (OSError, http.client.HTTPException) as error:
-            self._note("lost", f"no answer: {error!r}")
+        except (OSError, http.client.HTTPException, ValueError, LookupError) as error:
+            self._note("lost", f"no answer or another shape: {error!r}")
             connection.close()
 
     def _check(self, texts: list[str], status: int, body: bytes) -> None:
@@ -436,8 +438,10 @@ class Traffic:
             answer = json.loads(body)
             self._note(answer["model"])
             rows, expected = answer["top_k"], self.expected[answer["model"]]
-            pairs = zip(rows, map(expected.get, texts), strict=True)
-            off = max(_off(*pair) for pair in pairs)
+            found = zip(
+                rows, map(expected.get, texts), answer["predictions"], strict=True
+            )
+            off = max(_off(*one) for one in found)
             problem = f"{off:.2g} off" if off > _TOLERANCE else ""
         elif status not in (_REFUSALS if texts else range(400, 500)):
             problem = f"{status} to {'good' if texts else 'bad'} input: {body[:200]}"
@@ -449,8 +453,10 @@ class Traffic:
             self.wrong += Counter([problem] * bool(problem))
 
 
-def _off(row: list[dict], expected: dict[str, float]) -> float:
-    """The largest error in the `top_k` of a text, whose order counts too."""
+def _off(row: list[dict], expected: dict[str, float], label: str) -> float:
+    """The largest error in the answer to a text, whose order counts too."""
+    if label != row[0]["label"]:
+        return math.inf
     best = sorted(expected.values(), reverse=True)
     ranks = ((x["probability"], expected[x["label"]], y) for x, y in zip(row, best))
     return max(max(rank) - min(rank) for rank in ranks)
@@ -515,26 +521,21 @@ def _overload(
                 change()
             time.sleep(1)
         join()
-        metrics, began = (
-            ask(server.port, "/metrics")[1],
-            client.recv(12, socket.MSG_PEEK),
-        )
-        code = server.stop()
+        metrics = ask(server.port, "/metrics")[1]
+        unread, code = client.recv(12, socket.MSG_PEEK), server.stop()
     n_sent = sum(n for what, n in traffic.seen.items() if what not in traffic.expected)
     click.echo(f"capacity {capacity:.1f}, offered {n_sent / seconds:.1f} requests/s")
     click.echo(f"answers: {dict(sorted(traffic.seen.items()))}")
     problems = re.findall(r'requests_total\{.*status="5(?!03|04).*', metrics)
     problems += re.findall(r'reloads_total\{(?!result="done").*', metrics)
-    problems += [f"who never reads got {began}"] * (began != b"HTTP/1.1 200")
+    problems += [f"who never reads got {unread}"] * (unread != b"HTTP/1.1 200")
     return problems + _growth(memory) + [f"exit code {code}"] * (code != 0)
 
 
 def _growth(memory: list[float]) -> list[str]:
     """The same for memory; the first third of the time is to warm up."""
     _, middle, last = thirds = [max(p.tolist()) for p in np.array_split(memory, 3)]
-    click.echo(
-        f"most memory in each third, MB: {', '.join(map('{:.0f}'.format, thirds))}"
-    )
+    click.echo(f"most MB in each third of the time: {[round(x) for x in thirds]}")
     return [f"memory grew by {last / middle - 1:.0%}"] * (last > _GROWTH * middle)
 
 
