@@ -17,15 +17,16 @@ STAMP := .venv/installed
 N ?= 5
 PORT ?= 5000
 SERVE ?= 1
+PEERS_PYTHON ?= .peers/bin/python
 DEMO_MODEL := minilm_L-6_H-384_A-12
 
-export MODELS_DIR PORT
+export MODELS_DIR PORT PEERS_PYTHON
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-gpu lint clean
+.PHONY: help venv demo test test-slow test-gpu bench_serve endurance lint clean
 .PHONY: build_dev build_api api_model train start_api
 
 help: ## this list
-	@sed -n 's/^\([a-z_-]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{ printf "  make %-10s  %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z_-]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{ printf "  make %-11s  %s\n", $$1, $$2 }'
 
 # --- without Docker -----------------------------------------------------------------
 
@@ -62,6 +63,14 @@ test-slow: $(STAMP) ## run the tests marked slow: real models, minutes
 
 test-gpu: $(STAMP) ## run the tests marked gpu
 	@$(PY) -m pytest -m gpu $(ARGS)
+
+bench_serve: $(STAMP) ## measure speed beside other servers: PEERS_PYTHON=.peers/bin/python
+	@$(PY) bench.py serve $(ARGS)
+	@$(PY) bench.py bulk $(ARGS)
+	@$(PY) bench.py large $(ARGS)
+
+endurance: $(STAMP) ## overload a server for a minute: ARGS="--seconds 600"
+	@$(PY) bench.py endurance $(ARGS)
 
 lint: $(STAMP) ## check style and format with ruff
 	@$(PY) -m ruff check .
