@@ -75,10 +75,13 @@ def random_run(checkpoint_dir: Path, seed: int = 0) -> Path:
         shutil.rmtree(folder, ignore_errors=True)  # of another bertflask.py
         given = {"max_seq_len": MAX_SEQ_LEN, "seed": seed, "models_dir": str(own_dir)}
         config = bertflask._resolve(bertflask.TrainConfig(str(checkpoint_dir), **given))
-        run = bertflask._Run(config, [f"label {i:02}" for i in range(N_LABELS)])
-        run.make_dir()
-        run.write(bertflask.Examples([], []), {"accuracy": None, "macro_f1": None})
-        run.publish()
+        labels = [f"label {i:02}" for i in range(N_LABELS)]
+        tokenizer, model = bertflask._prepare(config, N_LABELS)
+        metrics = dict.fromkeys(("accuracy", "macro_f1"))
+        run_dir = bertflask._make_run_dir(config)
+        nothing = bertflask.Examples([], [])
+        manifest = bertflask._manifest(run_dir, config, labels, nothing, metrics)
+        bertflask._finish(run_dir, model, tokenizer, manifest)
     return bertflask.find_run(None, own_dir)
 
 
