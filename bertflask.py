@@ -1324,6 +1324,7 @@ def _open_model(run_dir: Path, config: dict, tokenizer: Tokenizer, limit: float)
     from onnxruntime import InferenceSession, SessionOptions, get_available_providers
 
     options = SessionOptions()
+    options.enable_mem_pattern = False  # which it keeps for every shape that comes
     if config["model_type"] == "albert":  # or each layer packs the same weights anew
         options.add_session_config_entry("session.disable_prepacking", "1")
     # in the order of their speed, without those that compile for minutes
