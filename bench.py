@@ -3,21 +3,23 @@
     python bench.py serve         # side by side with what users would pick instead
     python bench.py bulk          # as a share of the machine's own matrix products
     python bench.py large         # the server with 12 layers of 768
+    python bench.py int8 RUN CSV  # what integers would gain and lose
     python bench.py endurance     # three times the load that it can take, and worse
 
 The first three need the larger test data (BERTFLASK_TEST_DATA), `serve` also an
 environment for the peers (PEERS_PYTHON). Models are kept in MODELS_DIR. Nothing is
 trained: heads and the large model are random, on which speed does not depend. Where
-speed is measured, the answer cache is off. int8 is not measured: bertflask has none.
+speed is measured, the answer cache is off.
 
 The rooms, each under a banner `# ===`: 1 runs and texts, 2 servers, 3 serve and large,
-4 bulk, 5 endurance.
+4 bulk and int8, 5 endurance.
 """
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import functools
 import http.client
 import itertools
@@ -305,7 +307,7 @@ def bench_large(seconds: float, rounds: int) -> None:
                 click.echo(f"12 x 768, {figure}: {_median(found, figure):.2f}")
 
 
-# === 4. Bulk: bench_bulk ===
+# === 4. Bulk and int8: bench_bulk, bench_int8 ===
 
 
 def multiply_adds(config: dict, n_tokens: int) -> int:
@@ -353,6 +355,34 @@ def bench_bulk(n_texts: int, seconds: float, rounds: int) -> None:
         words = f"{n_texts * rate / needed:.1f} texts/s, {rate / 1e9:.1f} of"
         click.echo(f"{words} {alone / 1e9:.1f} G multiply-adds/s", err=True)
     click.echo(f"bulk: {statistics.median(shares):.3f} of the matrix-product rate")
+
+
+@main.command("int8")
+@click.argument("run_dir", type=Path)
+@click.argument("data", type=Path)
+@_ROUNDS
+def bench_int8(run_dir: Path, data: Path, rounds: int) -> None:
+    """Compare RUN_DIR with itself in 8-bit integers on DATA: accuracy and texts/s."""
+    from onnxruntime import InferenceSession
+    from onnxruntime.quantization import quantize_dynamic
+
+    examples, plain = bertflask.read_examples(data), bertflask.Classifier.load(run_dir)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.onnx")
+        # reduced, since processors without VNNI saturate
+        options = {"reduce_range": True, "extra_options": {"DefaultTensorType": 1}}
+        quantize_dynamic(run_dir / path.name, path, **options)  # 1: float32
+        click.echo(f"{path.stat().st_size / 2**20:.0f} MB")
+        session = InferenceSession(path, providers=["CPUExecutionProvider"])
+    rates: dict = {"float32": [], "int8": []}
+    models = dict(zip(rates, (plain, dataclasses.replace(plain, session=session))))
+    for _, (name, model) in itertools.product(range(rounds), models.items()):
+        began = time.perf_counter()
+        found = model.probabilities(examples.texts).argmax(-1)
+        rates[name].append(len(found) / (time.perf_counter() - began))
+        right = np.array(model.labels)[found] == np.array(examples.labels)
+        words = f"{name}: accuracy {right.mean():.4f}"
+        click.echo(f"{words}, {statistics.median(rates[name]):.1f} texts/s")
 
 
 # === 5. Endurance: bench_endurance ===
