@@ -1372,7 +1372,7 @@ def _load_manifest(run_dir: Path) -> dict:
 
 # === 11. Prediction: Prediction, Classifier, Batcher ===
 
-_BULK_TOKENS, _BATCH_TOKENS = 4096, 512  # in a batch, padding included
+_BULK_TOKENS, _BATCH_TOKENS = 4096, 192  # in a batch, padding included
 _STUCK_S = 30.0  # a batch that takes longer does not come back
 _LOOK_S = 0.25  # between two looks whether the client is still there
 _TWOS, _TENTHS = [2**i for i in range(14)], [i / 10 for i in range(1, 11)]

@@ -2846,7 +2846,7 @@ def test_a_batch_holds_texts_of_similar_length_under_a_budget(batcher_of, toy):
     budget = bertflask._BATCH_TOKENS
     assert all(len({len(x) for x in batch}) == 1 for batch in toy.ran)
     assert all(sum(map(tokens, batch)) <= budget for batch in toy.ran)
-    assert len(toy.ran) <= 1 + 5 + 100 and first.status() == 200
+    assert len(toy.ran) <= 1 + 20 + 100 and first.status() == 200
 
 
 def test_a_text_over_the_budget_is_a_batch_of_its_own(batcher_of):
