@@ -2839,7 +2839,7 @@ def test_what_came_meanwhile_is_one_batch(batcher_of, toy):
 
 def test_a_batch_holds_texts_of_similar_length_under_a_budget(batcher_of, toy):
     batcher = batcher_of(toy)
-    texts = [f"{i:0>{10 if i % 3 else 400}}" for i in range(300)]
+    texts = [f"{i:0>{10 if i % 3 else 90}}" for i in range(300)]
     first, second = Asked(batcher, ["first"]), Asked(batcher, texts)
     toy.free()
     assert second.answer.result(60) == toy.expect(texts)
