@@ -1209,7 +1209,6 @@ def onnx_model(config: dict, weights: dict[str, np.ndarray]) -> bytes:
 
 def train(config: TrainConfig, data: Data = None, test: Data = None) -> Path:
     """The folder of the finished run, from then on the latest; else a BertFlaskError.
-
     Without `data` it takes the Stack Overflow posts, without `test` a part of `data`.
     """
     config = _resolve(config)
@@ -1219,15 +1218,14 @@ def train(config: TrainConfig, data: Data = None, test: Data = None) -> Path:
     if held_out is None:
         rest, held_out = split_examples(rest, config.test_size, config.seed)
     labels = check_labels(rest)
-    folder = fetch_pretrained(config.model_name, config.models_dir)
-    tokenizer = load_tokenizer(folder)
+    path = fetch_pretrained(config.model_name, config.models_dir)
+    tokenizer = load_tokenizer(path)
     _choose_gpu(config.gpu)
-    own = {"precision": config.precision, "seed": config.seed}
-    model = build_model(folder, len(labels), **own)
+    model = build_model(path, len(labels), seed=config.seed, precision=config.precision)
     if config.max_seq_len > (most := model.config["max_position_embeddings"]):
         raise TrainingError(f"lower max_seq_len: the model has {most} positions")
     if (n := tokenizer.vocab_size) > (most := model.config["vocab_size"]):
-        raise PretrainedError(f"{folder}: {n} pieces, take its own {most}")
+        raise PretrainedError(f"{path}: {n} pieces, take its own {most}")
     encode = functools.partial(tokenizer.encode, max_seq_len=config.max_seq_len)
     parts = split_examples(rest, config.validation_size, config.seed)
     rows = [[*zip(encode(x.texts), map(labels.index, x.labels))] for x in parts]
@@ -1286,8 +1284,7 @@ def _finish(run_dir: Path, model: Model, tokenizer: Tokenizer, manifest: dict) -
     golden = [{"text": x, "logits": row} for x, row in zip(_GOLDEN_TEXTS, logits)]
     _write_json(run_dir / "golden.json", golden)
     _open_model(run_dir, manifest, tokenizer, _EXPORT_TOLERANCE)
-    served = (*_SERVED_FILES, vocab.name)
-    manifest["files"] = {name: _digest(run_dir / name) for name in served}
+    manifest["files"] = {x: _digest(run_dir / x) for x in (*_SERVED_FILES, vocab.name)}
     _write_json(run_dir / "config.json", manifest)
     (run_dir / "README.md").write_text(_MODEL_CARD.format_map(manifest), "utf-8")
     final_dir = run_dir.rename(run_dir.with_suffix(""))
@@ -1339,23 +1336,22 @@ def _open_model(run_dir: Path, config: dict, tokenizer: Tokenizer, limit: float)
 
 def find_run(run_dir: str | Path | None, models_dir: str | Path = "models") -> Path:
     """`run_dir`, or the run that latest_model_config.json names; else ArtifactError."""
-    if run_dir is None:
-        latest = Path(models_dir, LATEST)
-        if not latest.exists():
-            raise ArtifactError(f"{latest}: no model was trained yet; train one")
-        note = _read_object(latest, ArtifactError, model_dir=str)
-        run_dir = latest.parent / note["model_dir"]
-    return Path(run_dir)
+    if run_dir is not None:
+        return Path(run_dir)
+    path = Path(models_dir, LATEST)
+    if not path.exists():
+        raise ArtifactError(f"{path}: no model was trained yet; train one")
+    return path.parent / _read_object(path, ArtifactError, model_dir=str)["model_dir"]
 
 
 def _load_manifest(run_dir: Path) -> dict:
     """config.json of a run whose files are as it says; raises ArtifactError."""
     config = _read_object(run_dir / "config.json", ArtifactError, **_MANIFEST_TYPES)
-    place, kinds = f"{run_dir}/config.json", {*map(type, config["labels"])}
-    found, size = config["format"], config["max_seq_len"]
-    if found != FORMAT or kinds != {str} or not 3 <= size <= 2**16:
-        words = f"format {found} is not {FORMAT}, or labels or max_seq_len cannot be"
-        raise ArtifactError(f"{place}: {words}")
+    place, size = f"{run_dir}/config.json", config["max_seq_len"]
+    if (found := config["format"]) != FORMAT:
+        raise ArtifactError(f"{place}: format {found}, this bertflask reads {FORMAT}")
+    if {*map(type, config["labels"])} != {str} or not 3 <= size <= 2**16:
+        raise ArtifactError(f"{place}: labels are no texts, or max_seq_len cannot be")
     for name in (*_SERVED_FILES, _VOCAB_NAMES.get(config["model_type"], "?")):
         path = run_dir / name
         if path.is_symlink() or not path.is_file():  # a link may lead elsewhere
@@ -1377,7 +1373,8 @@ def _metrics() -> Any:
     """The metrics as attributes, and their `registry`."""
     from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-    found = types.SimpleNamespace(registry=CollectorRegistry())
+    registry = CollectorRegistry()
+    found = types.SimpleNamespace(registry=registry)
     shares = functools.partial(Histogram, buckets=[i / 10 for i in range(1, 11)])
     sizes = functools.partial(Histogram, buckets=[2**i for i in range(14)])
     for kind, name, *others in (  # help and names of labels
@@ -1394,9 +1391,7 @@ def _metrics() -> Any:
         (Gauge, "model_info", "The model that answers", ["model"]),
         (Counter, "reloads", "New models, and why they failed", ["result"]),
     ):
-        setattr(
-            found, name, kind(f"bertflask_{name}", *others, registry=found.registry)
-        )
+        setattr(found, name, kind(f"bertflask_{name}", *others, registry=registry))
     return found
 
 
