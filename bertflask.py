@@ -47,6 +47,7 @@ import urllib.request
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -1188,17 +1189,17 @@ def onnx_model(config: dict, weights: dict[str, np.ndarray]) -> bytes:
     """The ONNX graph from `ids` int64 [batch, length] to `logits`, with its weights."""
     from onnx import numpy_helper, parser
 
-    is_bert, n_layers = config["model_type"] == "bert", config["num_hidden_layers"]
-    gelu = "FastGelu" if config["hidden_act"] == "gelu" else "BiasGelu"
-    projection = "x0 = Identity (embedded)" if is_bert else _ONNX_PROJECTION
-    layer = "encoder/layer_{}" if is_bert else "encoder/layer_shared"
-    layers, n_labels = "", len(weights["classifier/bias"])
-    for i in range(n_layers):
-        names = {"i": i, "next_i": i + 1, "gelu": gelu, "layer": layer.format(i)}
-        layers += _ONNX_LAYER.format_map(config | names)
-    layers = layers.replace(f"Identity (x{i})", f"Gather <axis = 1> (x{i}, first)")
-    parts = {"layers": layers, "projection": projection, "n_labels": n_labels}
-    model = parser.parse_model(_ONNX_GRAPH.format_map(config | parts))
+    is_bert = config["model_type"] == "bert"
+    config = config | {"n_labels": len(weights["classifier/bias"]), "layers": ""}
+    config["gelu"] = "FastGelu" if config["hidden_act"] == "gelu" else "BiasGelu"
+    config["projection"] = "x0 = Identity (embedded)" if is_bert else _ONNX_PROJECTION
+    for i in range(config["num_hidden_layers"]):
+        layer = f"encoder/layer_{i if is_bert else 'shared'}"
+        config |= {"i": i, "next_i": i + 1, "layer": layer}
+        config["layers"] += _ONNX_LAYER.format_map(config)
+    graph = _ONNX_GRAPH.format_map(config)
+    graph = graph.replace(f"Identity (x{i})", f"Gather <axis = 1> (x{i}, first)")
+    model = parser.parse_model(graph)
     arrays = [numpy_helper.from_array(weights[name], name) for name in sorted(weights)]
     model.graph.initializer.extend(arrays)
     return model.SerializeToString(deterministic=True)
@@ -1206,7 +1207,6 @@ def onnx_model(config: dict, weights: dict[str, np.ndarray]) -> bytes:
 
 def train(config: TrainConfig, data: Data = None, test: Data = None) -> Path:
     """The folder of the finished run, from then on the latest; else a BertFlaskError.
-
     Without `data` it takes the Stack Overflow posts, without `test` a part of `data`.
     """
     config = _resolve(config)
@@ -1216,7 +1216,14 @@ def train(config: TrainConfig, data: Data = None, test: Data = None) -> Path:
     if held_out is None:
         rest, held_out = split_examples(rest, config.test_size, config.seed)
     labels = check_labels(rest)
-    tokenizer, model = _prepare(config, len(labels))
+    path = fetch_pretrained(config.model_name, config.models_dir)
+    tokenizer = load_tokenizer(path)
+    _choose_gpu(config.gpu)
+    model = build_model(path, len(labels), seed=config.seed, precision=config.precision)
+    if config.max_seq_len > (most := model.config["max_position_embeddings"]):
+        raise TrainingError(f"lower max_seq_len: the model has {most} positions")
+    if (n := tokenizer.vocab_size) > (most := model.config["vocab_size"]):
+        raise PretrainedError(f"{path}: {n} pieces, take its own {most}")
     encode = functools.partial(tokenizer.encode, max_seq_len=config.max_seq_len)
     parts = split_examples(rest, config.validation_size, config.seed)
     rows = [[*zip(encode(x.texts), map(labels.index, x.labels))] for x in parts]
@@ -1231,18 +1238,6 @@ def train(config: TrainConfig, data: Data = None, test: Data = None) -> Path:
     _write_json(run_dir / "metrics.json", metrics)
     manifest = _manifest(run_dir, config, labels, rest, metrics)
     return _finish(run_dir, model, tokenizer, manifest)
-
-
-def _prepare(config: TrainConfig, n_labels: int) -> tuple[Tokenizer, Model]:
-    folder = fetch_pretrained(config.model_name, config.models_dir)
-    tokenizer = load_tokenizer(folder)
-    _choose_gpu(config.gpu)
-    model = build_model(folder, n_labels, precision=config.precision, seed=config.seed)
-    if config.max_seq_len > (most := model.config["max_position_embeddings"]):
-        raise TrainingError(f"lower max_seq_len: the model has {most} positions")
-    if (n := tokenizer.vocab_size) > (most := model.config["vocab_size"]):
-        raise PretrainedError(f"{folder}: {n} pieces, take its own {most}")
-    return tokenizer, model
 
 
 def _make_run_dir(config: TrainConfig) -> Path:
@@ -1276,7 +1271,7 @@ def _finish(run_dir: Path, model: Model, tokenizer: Tokenizer, manifest: dict) -
 
     sizes, kind, weights = model.config, model.config["model_type"], model.weights()
     manifest |= {"model_type": kind, "do_lower_case": tokenizer.do_lower_case}
-    shutil.copyfile(tokenizer.vocab_path, run_dir / _VOCAB_NAMES[kind])
+    vocab = shutil.copyfile(tokenizer.vocab_path, run_dir / _VOCAB_NAMES[kind])
     _write_json(run_dir / f"{kind}_config.json", sizes)
     with h5py.File(run_dir / "model.weights.h5", "w") as file:
         file.update(weights)
@@ -1287,8 +1282,7 @@ def _finish(run_dir: Path, model: Model, tokenizer: Tokenizer, manifest: dict) -
     golden = [{"text": x, "logits": row} for x, row in zip(_GOLDEN_TEXTS, logits)]
     _write_json(run_dir / "golden.json", golden)
     _open_model(run_dir, manifest, tokenizer, _EXPORT_TOLERANCE)
-    files = (*_SERVED_FILES, _VOCAB_NAMES[kind])
-    manifest["files"] = {name: _digest(run_dir / name) for name in files}
+    manifest["files"] = {x: _digest(run_dir / x) for x in (*_SERVED_FILES, vocab.name)}
     _write_json(run_dir / "config.json", manifest)
     (run_dir / "README.md").write_text(_MODEL_CARD.format_map(manifest), "utf-8")
     final_dir = run_dir.rename(run_dir.with_suffix(""))
@@ -1335,20 +1329,18 @@ def _open_model(run_dir: Path, config: dict, tokenizer: Tokenizer, limit: float)
         found = session.run(None, {"ids": pad(ids)})[0]
         off = np.abs(found - golden).max()
         if not off <= limit or (found.argmax(-1) != golden.argmax(-1)).any():  # or NaN
-            words = "off the logits, another best label or tokenizer"
-            raise ValueError(f"{off:.2g} {words}")
+            raise ValueError(f"{off:.2g} off the logits, another best label, tokenizer")
     return session
 
 
 def find_run(run_dir: str | Path | None, models_dir: str | Path = "models") -> Path:
     """`run_dir`, or the run that latest_model_config.json names; else ArtifactError."""
-    if run_dir is None:
-        latest = Path(models_dir, LATEST)
-        if not latest.exists():
-            raise ArtifactError(f"{latest}: no model was trained yet; train one")
-        note = _read_object(latest, ArtifactError, model_dir=str)
-        run_dir = latest.parent / note["model_dir"]
-    return Path(run_dir)
+    if run_dir is not None:
+        return Path(run_dir)
+    path = Path(models_dir, LATEST)
+    if not path.exists():
+        raise ArtifactError(f"{path}: no model was trained yet; train one")
+    return path.parent / _read_object(path, ArtifactError, model_dir=str)["model_dir"]
 
 
 def _load_manifest(run_dir: Path) -> dict:
@@ -1373,32 +1365,32 @@ def _load_manifest(run_dir: Path) -> dict:
 _BULK_TOKENS, _BATCH_TOKENS = 4096, 192  # in a batch, padding included
 _STUCK_S = 30.0  # a batch that takes longer does not come back
 _LOOK_S = 0.25  # between two looks whether the client is still there
-_TWOS, _TENTHS = [2**i for i in range(14)], [i / 10 for i in range(1, 11)]
-_METRICS = (  # name, kind, help, names of labels, upper bounds of buckets
-    ("requests", "Counter", "Requests answered", ("endpoint", "status")),
-    ("request_seconds", "Histogram", "Time to answer a request", ("endpoint",)),
-    ("queue_tokens", "Gauge", "Tokens that wait"),
-    ("queue_seconds", "Histogram", "Time that a text waits"),
-    ("batch_texts", "Histogram", "Texts in a batch", (), _TWOS),
-    ("batch_tokens", "Histogram", "Tokens in a batch, with padding", (), _TWOS),
-    ("padding_share", "Histogram", "Share of padding in a batch", (), _TENTHS),
-    ("cache_hits", "Counter", "Texts answered without computing"),
-    ("predictions", "Counter", "Texts by their best label", ("label",)),
-    ("top_probability", "Histogram", "Probability of the best label", (), _TENTHS),
-    ("model_info", "Gauge", "The model that answers", ("model",)),
-    ("reloads", "Counter", "New models, and why they failed", ("result",)),
-)
+_LATE = ("the deadline has passed", 504, "deadline_passed")
 
 
 def _metrics() -> Any:
     """The metrics as attributes, and their `registry`."""
-    import prometheus_client as prometheus
+    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-    found = types.SimpleNamespace(registry=prometheus.CollectorRegistry())
-    for name, kind, text, *others in _METRICS:
-        options = dict(zip(("labelnames", "buckets"), others), registry=found.registry)
-        made = getattr(prometheus, kind)(f"bertflask_{name}", text, **options)
-        setattr(found, name, made)
+    registry = CollectorRegistry()
+    found = types.SimpleNamespace(registry=registry)
+    shares = functools.partial(Histogram, buckets=[i / 10 for i in range(1, 11)])
+    sizes = functools.partial(Histogram, buckets=[2**i for i in range(14)])
+    for kind, name, *others in (  # help and names of labels
+        (Counter, "requests", "Requests answered", ["endpoint", "status"]),
+        (Histogram, "request_seconds", "Time to answer a request", ["endpoint"]),
+        (Gauge, "queue_tokens", "Tokens that wait"),
+        (Histogram, "queue_seconds", "Time that a text waits"),
+        (sizes, "batch_texts", "Texts in a batch"),
+        (sizes, "batch_tokens", "Tokens in a batch, with padding"),
+        (shares, "padding_share", "Share of padding in a batch"),
+        (Counter, "cache_hits", "Texts answered without computing"),
+        (Counter, "predictions", "Texts by their best label", ["label"]),
+        (shares, "top_probability", "Probability of the best label"),
+        (Gauge, "model_info", "The model that answers", ["model"]),
+        (Counter, "reloads", "New models, and why they failed", ["result"]),
+    ):
+        setattr(found, name, kind(f"bertflask_{name}", *others, registry=registry))
     return found
 
 
@@ -1447,9 +1439,8 @@ class Classifier:
 
     def encode(self, texts: Sequence[str]) -> tuple[list[np.ndarray], list[bool]]:
         """Each text's token ids, and whether they were cut at `max_seq_len`."""
-        limit = self.max_seq_len
-        token_ids = self.tokenizer.encode(texts, limit + 1)  # one more shows a cut
-        truncated = [len(ids) > limit for ids in token_ids]
+        token_ids = self.tokenizer.encode(texts, self.max_seq_len + 1)  # to see a cut
+        truncated = [len(ids) > self.max_seq_len for ids in token_ids]
         for i in np.flatnonzero(truncated):
             token_ids[i] = np.delete(token_ids[i], -2)  # the last one stays [SEP]
         return token_ids, truncated
@@ -1468,41 +1459,33 @@ class Classifier:
         found = []
         for p, cut in zip(rows, truncated):
             best = np.argsort(-p, kind="stable")[:top_k]
-            ranks = [
-                {"label": self.labels[i], "probability": float(p[i])} for i in best
-            ]
-            found.append(Prediction(*ranks[0].values(), cut, ranks, self.name))
+            pairs = [(self.labels[i], float(p[i])) for i in best]
+            ranks = [{"label": x, "probability": share} for x, share in pairs]
+            found.append(Prediction(*pairs[0], cut, ranks, self.name))
         return found
 
 
-@dataclass(eq=False)
-class _Job:
-    """A text to classify, for all the requests under way that have it."""
+class _Job(Future):
+    """The probabilities of a text, for all the requests under way that have it."""
 
-    key: tuple  # classifier and bytes of the token ids
-    token_ids: np.ndarray
-    came: float  # a time of time.monotonic, as the next
-    due: float  # its place in the queue
-    n_waiting: int = 0  # requests
-    result: Any = None  # probabilities or an exception
-    done: threading.Event = dataclasses.field(default_factory=threading.Event)
+    def __init__(self, key: tuple, token_ids: np.ndarray, came: float, due: float):
+        super().__init__()
+        self.key, self.token_ids = key, token_ids  # classifier and bytes of the ids
+        self.came, self.due = came, due  # by time.monotonic; its place in the queue
+        self.n_waiting = 0  # requests
 
 
 class Batcher:
-    """A classifier for many threads: a thread of its own runs what they ask in batches.
+    """A classifier for many threads: one of its own runs what they ask in batches.
 
-    A batch is the text that is due first with others of about its length; a text that
-    comes alone is run at once. Equal texts are computed once, and kept for the next
-    who asks. All that belongs to the classifier that cut a text into its token ids.
+    A batch is the text that is due first, with what waits and is about as long.
     """
 
-    def __init__(
-        self, classifier: Any, metrics: Any, queue_tokens: int, cache_size: int
-    ) -> None:
+    def __init__(self, classifier: Any, metrics, queue_tokens: int, cache_size: int):
         self.classifier, self.metrics = classifier, metrics
         self.queue_tokens, self.cache_size = queue_tokens, cache_size
         self._changed, self._closed = threading.Condition(), False
-        self._queue: dict[tuple, _Job] = {}  # by classifier and token ids, as the next
+        self._queue: dict[tuple, _Job] = {}  # by their keys, as the next
         self._running: dict[tuple, _Job] = {}
         self._cache: dict[tuple, _Job] = {}  # the latest asked for last
         self._rate, self._began = 5000.0, math.inf  # tokens/s; when a batch began
@@ -1514,29 +1497,27 @@ class Batcher:
     labels = property(lambda self: self.classifier.labels)
 
     def predict(
-        self,
-        texts: Sequence[str],
-        top_k: int = 1,
-        deadline: float = math.inf,
-        is_gone: Callable[[], bool] = bool,
+        self, texts: list[str], top_k: int = 1, deadline: float = math.inf, is_gone=bool
     ) -> list[Prediction]:
-        """As `Classifier.predict`, before `deadline`, a time of `time.monotonic`.
-
-        Raises RequestError if the queue is full, at the deadline, and when `is_gone`,
-        asked now and then, says that the client has left.
+        """As `Classifier.predict`; RequestError if the queue is full, at `deadline`, by
+        `time.monotonic`, and when `is_gone()`, asked now and then, is true.
         """
         if time.monotonic() >= deadline:
-            raise _late()
+            raise RequestError(*_LATE)
         classifier = self.classifier
         token_ids, truncated = classifier.encode(texts)
         jobs = self._enter(classifier, token_ids)
         try:
-            rows = [_wait(job, deadline, is_gone) for job in jobs]
+            while wait(jobs, min(_LOOK_S, deadline - time.monotonic())).not_done:
+                if time.monotonic() >= deadline:
+                    raise RequestError(*_LATE)
+                if is_gone():
+                    raise RequestError("the client left", 499, "client_left")
         finally:
             with self._changed:
                 for job in jobs:
                     job.n_waiting -= 1  # at 0 it is not computed any more
-        return classifier.rank(rows, truncated, top_k)
+        return classifier.rank([job.result() for job in jobs], truncated, top_k)
 
     def swap(self, classifier: Any) -> None:
         """Another one answers from now on; the old one what it has accepted."""
@@ -1598,18 +1579,16 @@ class Batcher:
             waiting = [job for job in self._queue.values() if job.n_waiting]
             waiting.sort(key=lambda job: job.due)
             same = [job for job in waiting if job.key[0] is waiting[0].key[0]]
-            lengths = [len(job.token_ids) for job in same]
-            batches = batches_by_tokens(lengths, _BATCH_TOKENS)
+            batches = batches_by_tokens([len(x.token_ids) for x in same], _BATCH_TOKENS)
             batch = [same[row] for rows in batches if 0 in rows for row in rows]
             self._running = {job.key: job for job in batch}
             self._queue = {x.key: x for x in waiting if x.key not in self._running}
-            self._began = time.monotonic()
             return batch
 
     def _run(self, batch: list[_Job]) -> None:
         if not batch:  # all who asked have left
             return
-        classifier, began = batch[0].key[0], time.monotonic()
+        classifier, self._began = batch[0].key[0], time.monotonic()
         try:
             results = classifier.run([job.token_ids for job in batch])
         except Exception as error:
@@ -1618,42 +1597,29 @@ class Batcher:
                     self._run([job])
                 return
             results = [error]
-        self._measure(batch, began)
+        self._measure(batch)
         with self._changed:
-            for job, job.result in zip(batch, results, strict=True):
+            for job, result in zip(batch, results, strict=True):
                 del self._running[job.key]
-                fine = not isinstance(job.result, Exception)
-                if fine and classifier is self.classifier:
+                if isinstance(result, Exception):
+                    job.set_exception(result)
+                    continue
+                job.set_result(result)
+                if classifier is self.classifier:
                     self._cache[job.key] = job
-                job.done.set()
             for key in [*self._cache][: -self.cache_size or None]:
                 del self._cache[key]
 
-    def _measure(self, batch: list[_Job], began: float) -> None:
+    def _measure(self, batch: list[_Job]) -> None:
         lengths, metrics = [len(job.token_ids) for job in batch], self.metrics
-        rate = sum(lengths) / (time.monotonic() - began + 1e-6)
+        rate = sum(lengths) / (time.monotonic() - self._began + 1e-6)
         self._rate += 0.1 * (rate - self._rate)
         n_padded = len(batch) * max(lengths)
         metrics.batch_texts.observe(len(batch))
         metrics.batch_tokens.observe(n_padded)
         metrics.padding_share.observe(1 - sum(lengths) / n_padded)
         for job in batch:
-            metrics.queue_seconds.observe(began - job.came)
-
-
-def _late() -> RequestError:
-    return RequestError("the deadline has passed", 504, "deadline_passed")
-
-
-def _wait(job: _Job, deadline: float, is_gone: Callable[[], bool]) -> np.ndarray:
-    while not job.done.wait(min(_LOOK_S, max(0, deadline - time.monotonic()))):
-        if time.monotonic() >= deadline:
-            raise _late()
-        if is_gone():
-            raise RequestError("the client left", 499, "client_left")
-    if isinstance(job.result, Exception):
-        raise job.result
-    return job.result
+            metrics.queue_seconds.observe(self._began - job.came)
 
 
 # === 12. HTTP: ServeConfig, create_app, serve ===
