@@ -7,8 +7,8 @@
     python bench.py endurance     # three times the load that it can take, and worse
 
 The first three need the larger test data (BERTFLASK_TEST_DATA), `serve` also an
-environment for the peers (PEERS_PYTHON). Models are kept in MODELS_DIR. Nothing is
-trained: heads and the large model are random, on which speed does not depend. Where
+environment for the peers (PEERS_PYTHON). Models are kept in MODELS_DIR. Heads
+and the large model are as good as random, on which speed does not depend. Where
 speed is measured, the answer cache is off.
 
 The rooms, each under a banner `# ===`: 1 runs and texts, 2 servers, 3 serve and large,
@@ -70,20 +70,16 @@ def checkpoint() -> Path:
 
 
 def random_run(checkpoint_dir: Path, seed: int = 0) -> Path:
-    """A run as `train` leaves it, with a random head; made once for a bertflask.py."""
+    """A run with a head that has learned nothing; made once for a bertflask.py."""
     folder = MODELS_DIR / "bench" / f"{checkpoint_dir.name}-{seed}"
     own_dir = folder / bertflask._digest(Path(bertflask.__file__))[:8]
     if not (own_dir / bertflask.LATEST).exists():
         shutil.rmtree(folder, ignore_errors=True)  # of another bertflask.py
-        given = {"max_seq_len": MAX_SEQ_LEN, "seed": seed, "models_dir": str(own_dir)}
-        config = bertflask._resolve(bertflask.TrainConfig(str(checkpoint_dir), **given))
         labels = [f"label {i:02}" for i in range(N_LABELS)]
-        tokenizer, model = bertflask._prepare(config, N_LABELS)
-        metrics = dict.fromkeys(("accuracy", "macro_f1"))
-        run_dir = bertflask._make_run_dir(config)
-        nothing = bertflask.Examples([], [])
-        manifest = bertflask._manifest(run_dir, config, labels, nothing, metrics)
-        bertflask._finish(run_dir, model, tokenizer, manifest)
+        given = {"max_seq_len": MAX_SEQ_LEN, "seed": seed, "models_dir": str(own_dir)}
+        given |= {"n_epochs": 1, "test_size": 0, "validation_size": 0}
+        config = bertflask.TrainConfig(str(checkpoint_dir), **given)
+        bertflask.train(config, bertflask.Examples(labels, labels))
     return bertflask.find_run(None, own_dir)
 
 
