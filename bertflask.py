@@ -30,7 +30,6 @@ import itertools
 import json
 import logging
 import math
-import mmap
 import os
 import re
 import shutil
@@ -316,7 +315,6 @@ def _ready_checkpoint(folder: Path) -> Path:
 
 
 def _read_object(path: Path, error: type = PretrainedError, **types: type) -> dict:
-    """A JSON object with all keys of `types` and these types."""
     with _raising(error, f"{path} is no readable JSON object"):
         value = {**json.loads(path.read_bytes())}
     for key, kind in types.items():
@@ -1266,7 +1264,6 @@ def _manifest(run_dir: Path, config: TrainConfig, labels, examples, metrics) -> 
 
 
 def _finish(run_dir: Path, model: Model, tokenizer: Tokenizer, manifest: dict) -> Path:
-    """Writes and checks the files of serving, then makes the run the latest model."""
     import h5py
 
     sizes, kind, weights = model.config, model.config["model_type"], model.weights()
@@ -1294,7 +1291,6 @@ def _finish(run_dir: Path, model: Model, tokenizer: Tokenizer, manifest: dict) -
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[TextIO]:
-    """A text file that takes the place of `path` when all went well."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("w", encoding="utf-8", newline="") as file:
@@ -1344,7 +1340,6 @@ def find_run(run_dir: str | Path | None, models_dir: str | Path = "models") -> P
 
 
 def _load_manifest(run_dir: Path) -> dict:
-    """config.json of a run whose files are as it says; raises ArtifactError."""
     config = _read_object(run_dir / "config.json", ArtifactError, **_MANIFEST_TYPES)
     place, size = f"{run_dir}/config.json", config["max_seq_len"]
     if (found := config["format"]) != FORMAT:
@@ -1369,7 +1364,6 @@ _LATE = ("the deadline has passed", 504, "deadline_passed")
 
 
 def _metrics() -> Any:
-    """The metrics as attributes, and their `registry`."""
     from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
     registry = CollectorRegistry()
@@ -1465,9 +1459,7 @@ class Classifier:
         return found
 
 
-class _Job(Future):
-    """The probabilities of a text, for all the requests under way that have it."""
-
+class _Job(Future):  # of a text, for all requests under way that have it
     def __init__(self, key: tuple, token_ids: np.ndarray, came: float, due: float):
         super().__init__()
         self.key, self.token_ids = key, token_ids  # classifier and bytes of the ids
@@ -1624,12 +1616,10 @@ class Batcher:
 
 # === 12. HTTP: ServeConfig, create_app, serve ===
 
-_OPEN_PATHS = ("/health_check", "/readyz", "/metrics")
 _DEADLINE = "X-Request-Deadline-Ms"
 _BACKLOG = 2048  # connections that the kernel accepts ahead
 _SPARE_THREADS = 4  # to refuse what is too much, and for health checks
 _WATCH_S = 1.0  # between two looks for a new latest model
-_GRACE_S = 5.0  # to send answers, when all requests are past their deadline
 
 
 @dataclass(frozen=True)
@@ -1653,16 +1643,11 @@ class ServeConfig:
 
 
 def create_app(classifier: Any, **limits: Any) -> flask.Flask:
-    """A Flask application on anything with `labels`, `name` and `predict`.
-
-    `limits` are fields of ServeConfig. A Classifier gets a Batcher.
-    """
+    """A Flask application on a Classifier; `limits` are fields of ServeConfig."""
     return _Api(classifier, ServeConfig(**limits)).app
 
 
 class _Api:
-    """The views of an application and what they share."""
-
     def __init__(self, classifier: Any, config: ServeConfig) -> None:
         from flask import Flask, request
         from werkzeug.middleware.proxy_fix import ProxyFix
@@ -1673,26 +1658,22 @@ class _Api:
             sizes = config.queue_tokens, config.cache_size
             self.model = Batcher(classifier, self.metrics, *sizes)
         self.slots = threading.Semaphore(config.threads)
-        keys = os.environ.get("BERTFLASK_API_KEYS", "")
+        keys = os.environ.get("BERTFLASK_API_KEYS", "").replace(",", " ")
         if config.api_keys and not (keys := Path(config.api_keys).read_text()).split():
             raise ServerError(f"{config.api_keys} has no API key: write one a line")
-        keys = keys.replace(",", " ").split()
-        self.keys = [f"Bearer {key}".encode() for key in keys]
-        self.app = Flask(__name__, static_folder=None)
-        self.app.extensions["bertflask"] = self
-        self.app.json.sort_keys = False
-        self.app.url_map.merge_slashes = False  # it redirects, with a page of HTML
-        proxied = ProxyFix(self.app.wsgi_app, config.trusted_proxies, x_proto=0)
-        self.app.wsgi_app = proxied
-        self.app.before_request(self.start)
-        self.app.after_request(self.log)
-        self.app.register_error_handler(Exception, self.answer_error)
-        self.views = {"/predict": self.predict, "/readyz": self.readyz}
-        self.views |= {"/metrics": self.show_metrics, "/openapi.json": self.openapi}
-        self.views["/health_check"] = lambda: {"status": "ok"}
-        for path, view in self.views.items():
-            methods = ["POST" if path == "/predict" else "GET"]
-            self.app.add_url_rule(path, path, view, methods=methods)
+        self.keys = [f"Bearer {key}".encode() for key in keys.split()]
+        self.app = app = Flask(__name__, static_folder=None)
+        app.extensions["bertflask"] = self
+        app.json.sort_keys = False
+        app.url_map.merge_slashes = False  # it redirects, with a page of HTML
+        app.wsgi_app = ProxyFix(app.wsgi_app, config.trusted_proxies, x_proto=0)
+        app.before_request(self.start)
+        app.after_request(self.log)
+        app.register_error_handler(Exception, self.answer_error)
+        app.post("/predict")(self.predict)
+        app.get("/readyz")(self.readyz)
+        app.get("/metrics")(self.show_metrics)
+        app.get("/health_check", endpoint="health_check")(lambda: {"status": "ok"})
 
     def start(self) -> None:
         request, is_open = self.request, self.config.open_health
@@ -1700,17 +1681,16 @@ class _Api:
         given = request.headers.get("Authorization", "").encode()
         # compared with all, in a time that does not tell how near a wrong one is
         fits = [hmac.compare_digest(key, given) for key in self.keys]
-        if fits and not any(fits) and not (is_open and request.path in _OPEN_PATHS):
-            words = "send a known API key, as Authorization: Bearer KEY"
-            raise RequestError(words, 401, "unauthorized", "Authorization")
+        if fits and not any(fits) and not (is_open and request.path != "/predict"):
+            raise RequestError("send an API key", 401, "unauthorized", "Authorization")
 
     def readyz(self) -> dict:
         if self.draining:
             raise RequestError("the server is shutting down", 503, "draining")
         if isinstance(self.model, Batcher) and not self.model.is_working():
             raise RequestError("the model's thread is stuck or dead", 503, "stuck")
-        known = {"model": self.model.name, "reload_error": self.reload_error}
-        return {"status": "ready", **known}
+        model, reason = self.model.name, self.reload_error
+        return {"status": "ready", "model": model, "reload_error": reason}
 
     def show_metrics(self) -> tuple[bytes, dict]:
         import prometheus_client as prometheus
@@ -1747,8 +1727,7 @@ class _Api:
         limit = self.config.deadline
         given = self.request.headers.get(_DEADLINE, f"{1000 * limit:.0f}")
         if not re.fullmatch("[0-9]{1,15}", given):
-            words = f"{_DEADLINE} is no number of milliseconds"
-            raise RequestError(words, 422, "int_parsing", _DEADLINE)
+            raise RequestError("give milliseconds", 422, "int_parsing", _DEADLINE)
         return min(limit, int(given) / 1000)
 
     def read_body(self) -> Any:
@@ -1759,45 +1738,16 @@ class _Api:
         try:
             raw = self.request.stream.read(limit + 1)
             if len(raw) <= limit:
-                # no NaN or Infinity; 2.0 is an integer, as JSON Schema has it
-                value = json.loads(raw, parse_constant=int, parse_float=_number)
-                return _schemas(self.config, n_labels)[0].model_validate(value)
+                value = json.loads(raw, parse_constant=int)  # no NaN, no Infinity
+                return _body(self.config, n_labels).model_validate(value)
         except ValidationError as error:
             problem = error.errors(include_url=False, include_input=False)[0]
             field, *index = problem["loc"] or (None,)
             words = f"{field or 'the body'}{index or ''}: {problem['msg']}"  # x[1]: ...
             raise RequestError(words, 422, problem["type"], field) from None
         except Exception:  # ValueError, RecursionError, the server's for a bad chunk
-            words = "the body is not JSON in UTF-8"
-            raise RequestError(words, 400, "not_json") from None
+            raise RequestError("the body is not UTF-8 JSON", 400, "not_json") from None
         raise RequestError(f"the body is over {limit} bytes", 413, "body_too_large")
-
-    def openapi(self) -> dict:
-        from pydantic.json_schema import models_json_schema
-
-        place = "#/components/schemas/{model}"
-        models = _schemas(self.config, len(self.model.labels))
-        models = [(model, "validation") for model in models]
-        schemas = models_json_schema(models, ref_template=place)[1]["$defs"]
-        body, answer, error = (
-            {
-                "description": name,
-                "content": {
-                    "application/json": {"schema": {"$ref": place.format(model=name)}}
-                },
-            }
-            for name in ("Body", "Answer", "Error")
-        )
-        plain = {"200": {"description": "OK"}, "default": error}
-        paths: dict = {path: {"get": {"responses": plain}} for path in self.views}
-        post = {"responses": plain | {"200": answer}}
-        post["requestBody"] = body | {"required": True}
-        paths["/predict"] = {"post": post}
-        parts = {"schemas": schemas}
-        parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        info = {"title": "bertflask", "version": __version__}
-        whole = {"openapi": "3.1.0", "info": info, "paths": paths, "components": parts}
-        return whole | {"security": [{"key": []}] if self.keys else []}
 
     def answer_error(self, error: Exception) -> tuple[dict, int, dict[str, str]]:
         from werkzeug.exceptions import HTTPException
@@ -1840,94 +1790,45 @@ class _Api:
         return response
 
 
-def _number(text: str) -> int | float:
-    return int(number) if (number := float(text)).is_integer() else number
-
-
 @functools.cache
-def _schemas(config: ServeConfig, n_labels: int) -> tuple[type, type, type]:
-    """pydantic models of the body and, for /openapi.json, of answer and error."""
+def _body(config: ServeConfig, n_labels: int) -> Any:
     from pydantic import Field, create_model
 
     text = Annotated[str, Field(max_length=config.max_characters)]
     texts = Annotated[list[text], Field(min_length=1, max_length=config.max_texts)]
     top_k = Annotated[int, Field(ge=1, le=min(config.max_top_k, n_labels))] | None
-    rank = create_model("Rank", label=str, probability=float)
-    lists = {"predictions": list[str], "probabilities": list[float]}
-    lists |= {"truncated": list[bool], "top_k": (list[list[rank]], [])}
-    reason = create_model("Reason", code=str, message=str, field=str | None)
     strict = {"strict": True}  # true is no number, 1 is no text
-    return (
-        create_model("Body", __config__=strict, x=(texts, ...), top_k=(top_k, None)),
-        create_model("Answer", model=str, **lists),
-        create_model("Error", error=reason),
-    )
+    return create_model("Body", __config__=strict, x=(texts, ...), top_k=(top_k, None))
 
 
 def serve(config: ServeConfig, run_dir: str | None, models_dir: str) -> None:
     """Serves a run until SIGTERM or SIGINT; then answers what was accepted, and exits.
-
-    A process of its own does it, and is started again when it dies. SIGHUP or a new
-    latest model changes the model. Raises ServerError if it cannot listen.
+    Raises ServerError if it cannot listen, ArtifactError if the model is no use.
     """
+    import waitress
+
     try:
         listener = socket.create_server((config.host, config.port), backlog=_BACKLOG)
     except (OSError, UnicodeError) as error:
         words = f"cannot listen on {config.host} port {config.port}"
         raise ServerError(f"{words}: {_one_line(error)}; give another --port") from None
-    ready, child, stopped = mmap.mmap(-1, 1), 0, False  # ready: shared by processes
-
-    def pass_on(number: int, _: Any) -> None:
-        nonlocal stopped
-        stopped = stopped or number != signal.SIGHUP
-        if stopped and not child:  # this is a child that still loads
-            os._exit(0)
-        with contextlib.suppress(ProcessLookupError):  # it has just ended
-            if child:
-                os.kill(child, number)
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, pass_on)
-    while not stopped:
-        ready[0] = 0
-        with warnings.catch_warnings(action="ignore"):  # numpy's threads, which idle
-            child = os.fork()
-        if not child:
-            _serve_here(listener, ready, config, run_dir, models_dir)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        if code < 0:
-            log.error("signal %d killed the process; out of memory?", -code)
-        if code == 0 or not ready[0]:
-            sys.exit(2 if code < 0 else code)
-    sys.exit(1)
-
-
-def _serve_here(listener, ready, config, run_dir, models_dir) -> None:
-    """Serves with waitress, which holds no thread for a slow client, then exits."""
-    import waitress
-
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: os._exit(0))  # while it loads
     load = functools.partial(Classifier.load, run_dir, models_dir)
-    try:
-        api = _Api(load(), config)
-    except Exception as error:
-        log.error(_error_line(error))
-        os._exit(2)
+    api, stop, wake = _Api(load(), config), threading.Event(), threading.Event()
     logging.getLogger("waitress").setLevel(logging.ERROR)
-    waitress.utilities.Error.to_response = _to_response
     limits = {"max_request_body_size": config.max_body_bytes + 100 * 2**20}
     limits |= {"connection_limit": 1000, "threads": config.threads + _SPARE_THREADS}
     limits["clear_untrusted_proxy_headers"] = False  # that is for ProxyFix to decide
     limits["channel_request_lookahead"] = 1  # tells when a client leaves
     server = waitress.create_server(api.app, sockets=[listener], ident=None, **limits)
     turn = functools.partial(waitress.wasyncore.loop, 0.1, True, server._map, 1)
-    stop, wake = threading.Event(), threading.Event()
     signal.signal(signal.SIGHUP, lambda *_: wake.set())
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: (stop.set(), server.pull_trigger()))
     latest = Path(run_dir or models_dir, "config.json" if run_dir else LATEST)
     watch = functools.partial(_watch, api, load, latest, wake)
     threading.Thread(target=watch, daemon=True).start()
-    ready[0] = 1
     url = "http://{}:{}".format(*listener.getsockname())
     curl = f"""curl {url}/predict -d '{{"x": ["a text"]}}'"""
     log.info("ready: %s serves %s; try: %s", url, api.model.name, curl)
@@ -1944,24 +1845,15 @@ def _drain(api: _Api, server: Any, turn: Callable) -> None:
         turn()
     for _ in range(_BACKLOG):
         server.handle_accept()  # whom the kernel has let in
-    server.socket.shutdown(socket.SHUT_RDWR)  # for the parent, which holds it, too
     server.del_channel()
-    end = time.monotonic() + api.config.deadline + _GRACE_S
+    server.socket.close()
+    end = time.monotonic() + api.config.deadline + 5  # to send the last answers
     while server.active_channels and time.monotonic() < end:
         turn()
         for channel in [*server.active_channels.values()]:
             is_new = time.time() - channel.last_activity < 0.5
             if not (channel.requests or channel.total_outbufs_len or is_new):
                 channel.will_close = True
-
-
-def _to_response(error: Any, ident: str | None = None) -> tuple[str, list, bytes]:
-    """As waitress tells what is wrong with HTTP itself, but in JSON."""
-    code = error.reason.lower().replace(" ", "_")
-    parts = {"code": code, "message": error.body, "field": None}
-    kind = [("Content-Type", "application/json")]
-    body = json.dumps({"error": parts}).encode()
-    return f"{error.code} {error.reason}", kind, body
 
 
 def _watch(api: _Api, load: Callable, latest: Path, wake: Any) -> None:
