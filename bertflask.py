@@ -1599,8 +1599,6 @@ class Batcher:
 # === 12. HTTP: ServeConfig, create_app, serve ===
 
 _DEADLINE = "X-Request-Deadline-Ms"
-_BACKLOG = 2048  # connections that the kernel accepts ahead
-_SPARE_THREADS = 4  # to refuse what is too much, and for health checks
 
 
 @dataclass(frozen=True)
@@ -1703,11 +1701,10 @@ class _Api:
 
     def allowed_s(self) -> float:
         """The seconds that the request may take; its header may shorten them."""
-        limit = self.config.deadline
-        given = self.request.headers.get(_DEADLINE, f"{1000 * limit:.0f}")
+        given = self.request.headers.get(_DEADLINE, "9" * 15)
         if not re.fullmatch("[0-9]{1,15}", given):
             raise RequestError("give milliseconds", 422, "int_parsing", _DEADLINE)
-        return min(limit, int(given) / 1000)
+        return min(self.config.deadline, int(given) / 1000)
 
     def read_body(self) -> Any:
         """The body, checked; RequestError if it is of another shape or too large."""
@@ -1783,13 +1780,15 @@ def serve(config: ServeConfig, run_dir: str | None, models_dir: str) -> None:
     """Serves a run until SIGTERM or SIGINT; then answers what was accepted, and exits.
     Raises ServerError if it cannot listen; exits with 2 if the model is no use."""
     try:
-        listener = socket.create_server((config.host, config.port), backlog=_BACKLOG)
+        listener = socket.create_server((config.host, config.port), backlog=2048)
     except (OSError, UnicodeError) as error:
         words = f"cannot listen on {config.host} port {config.port}"
         raise ServerError(f"{words}: {_one_line(error)}; give another --port") from None
     ready, child = mmap.mmap(-1, 1), 0  # ready: shared by the processes
 
     def pass_on(number: int, _: Any) -> None:
+        if number != signal.SIGHUP:
+            ready[0] = 0  # a process that ends from now on is not started again
         with contextlib.suppress(ProcessLookupError):  # it has just ended
             if child:
                 os.kill(child, number)
@@ -1798,11 +1797,12 @@ def serve(config: ServeConfig, run_dir: str | None, models_dir: str) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, pass_on)
+    warnings.simplefilter("ignore", DeprecationWarning)  # numpy has threads that idle
     while child := os.fork():
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if code < 0:
             log.error("signal %d killed the process; out of memory?", -code)
-        if code >= 0 or not ready[0]:
+        if code == 0 or not ready[0]:
             sys.exit(2 if code < 0 else code)
         ready[0] = 0
     _serve_here(listener, ready, config, run_dir, models_dir)
@@ -1813,27 +1813,28 @@ def _serve_here(listener, ready, config, run_dir, models_dir) -> None:
 
     load = functools.partial(Classifier.load, run_dir, models_dir)
     try:
-        api, stop, wake = _Api(load(), config), threading.Event(), threading.Event()
+        api, stop = _Api(load(), config), []
     except Exception as error:
         log.error(_error_line(error))
         os._exit(2)
     logging.getLogger("waitress").setLevel(logging.ERROR)
     limits = {"max_request_body_size": config.max_body_bytes + 100 * 2**20}
-    limits |= {"connection_limit": 1000, "threads": config.threads + _SPARE_THREADS}
+    limits |= {"connection_limit": 1000, "threads": config.threads + 4}  # to refuse
     limits["clear_untrusted_proxy_headers"] = False  # that is for ProxyFix to decide
     limits["channel_request_lookahead"] = 1  # tells when a client leaves
     server = waitress.create_server(api.app, sockets=[listener], ident=None, **limits)
     turn = functools.partial(waitress.wasyncore.loop, 0.1, True, server._map, 1)
-    signal.signal(signal.SIGHUP, lambda *_: wake.set())
+    # Handlers take no lock: a second signal may come while they run.
+    signal.signal(signal.SIGHUP, lambda *_: setattr(api, "seen", None))
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: (stop.set(), server.pull_trigger()))
+        signal.signal(number, lambda number, _: stop.append(number))
     latest = Path(run_dir or models_dir, "config.json" if run_dir else LATEST)
-    threading.Thread(target=_watch, args=(api, load, latest, wake), daemon=True).start()
+    threading.Thread(target=_watch, args=(api, load, latest), daemon=True).start()
     ready[0] = 1
     url = "http://{}:{}".format(*listener.getsockname())
     curl = f"""curl {url}/predict -d '{{"x": ["a text"]}}'"""
     log.info("ready: %s serves %s; try: %s", url, api.model.name, curl)
-    while not stop.is_set():
+    while not stop:
         turn()
     _drain(api, server, turn)
     os._exit(0)  # whatever other threads do
@@ -1843,7 +1844,7 @@ def _drain(api: _Api, server: Any, turn: Callable) -> None:
     api.draining, end = True, time.monotonic() + api.config.drain_delay
     while time.monotonic() < end:
         turn()
-    for _ in range(_BACKLOG):
+    for _ in range(2048):
         server.handle_accept()  # whom the kernel has let in
     server.socket.shutdown(socket.SHUT_RDWR)  # for the first process, too
     server.del_channel()
@@ -1856,12 +1857,13 @@ def _drain(api: _Api, server: Any, turn: Callable) -> None:
                 channel.will_close = True
 
 
-def _watch(api: _Api, load: Callable, latest: Path, wake: Any) -> None:
-    """Changes the model when `latest` does, or on `wake`; keeps it if that fails."""
-    seen, asked = None, False
+def _watch(api: _Api, load: Callable, latest: Path) -> None:
+    """Changes the model when `latest` does, or `seen` is None; not if that fails."""
+    api.seen = latest.is_file() and latest.read_bytes()
     while True:
-        now = latest.read_bytes() if latest.is_file() else b""
-        if asked or seen not in (None, now):
+        time.sleep(1)
+        if (now := latest.is_file() and latest.read_bytes()) != api.seen:
+            api.seen = now
             try:
                 api.model.swap(load())
                 api.reload_error = None
@@ -1869,8 +1871,6 @@ def _watch(api: _Api, load: Callable, latest: Path, wake: Any) -> None:
                 api.reload_error = _one_line(error)
                 log.error("%s goes on: %s", api.model.name, api.reload_error)
             api.metrics.reloads.labels(api.reload_error or "done").inc()
-        seen, asked = now, wake.wait(1)  # s
-        wake.clear()
 
 
 def _error_line(error: Exception) -> str:
