@@ -54,7 +54,6 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import click
 import numpy as np
-from tqdm import tqdm
 
 if TYPE_CHECKING:
     import flask
@@ -211,9 +210,12 @@ def _fetch(source: str, stage_dir: Path) -> dict[str, str]:
     elif not archive_path.is_file():
         import huggingface_hub as hub
 
-        wanted = ["*.json", "vocab.txt", "spiece.model", "model.safetensors"]
-        options = {"revision": hub.model_info(source).sha, "allow_patterns": wanted}
-        hub.snapshot_download(source, local_dir=stage_dir / "model", **options)
+        model_dir, small = stage_dir / "model", ["*.json", "vocab.txt", "spiece.model"]
+        options = {"revision": hub.model_info(source).sha, "local_dir": model_dir}
+        hub.snapshot_download(source, allow_patterns=small, **options)
+        _needed_beside(model_dir / "config.json")  # before gigabytes of another kind
+        hub.snapshot_download(source, allow_patterns="model.safetensors", **options)
+        shutil.rmtree(model_dir / ".cache", ignore_errors=True)  # the library's notes
         return {"source": f"hub {source}", "digest": options["revision"]}
     # With the standard library, which keeps all members in the folder.
     options = {"filter": "data"} if archive_path.suffix == ".gz" else {"format": "zip"}
@@ -269,6 +271,8 @@ def _download(path: str, part_path: Path) -> str:
 
 def _download_rest(url: str, part_path: Path) -> None:
     """Completes `part_path`, from its end if the server still has that version."""
+    from tqdm import tqdm
+
     etag_path, request = part_path.with_suffix(".etag"), urllib.request.Request(url)
     etag = etag_path.read_text() if etag_path.exists() and part_path.exists() else ""
     if etag.startswith('"'):  # a weak one cannot be continued
@@ -300,15 +304,20 @@ def _ready_checkpoint(folder: Path) -> Path:
     paths = next(filter(None, levels), [])
     if len({path.parent for path in paths}) != 1:
         raise PretrainedError(f"no model in {folder}: it has none of {_CONFIG_NAMES}")
-    folder, kind, config = paths[0].parent, paths[0].name, _read_object(paths[0])
+    folder, needed = paths[0].parent, _needed_beside(paths[0])
+    if missing := ", ".join(x for x in needed if not any(folder.glob(x))):
+        raise PretrainedError(f"{folder} lacks {missing} (not sharded, not pickled)")
+    return folder
+
+
+def _needed_beside(path: Path) -> tuple[str, ...]:
+    config, kind = _read_object(path), path.name
     if kind == "config.json":  # Hugging Face's
         found = {key: config.get(key) for key in _SUPPORTED}
         if not all(found[key] in values for key, values in _SUPPORTED.items()):
-            raise PretrainedError(f"{paths[0]} has {found}; what works is {_SUPPORTED}")
+            raise PretrainedError(f"{path} has {found}; what works is {_SUPPORTED}")
         kind = config["model_type"]
-    if missing := ", ".join(x for x in _NEEDED[kind] if not any(folder.glob(x))):
-        raise PretrainedError(f"{folder} lacks {missing} (not sharded, not pickled)")
-    return folder
+    return _NEEDED[kind]
 
 
 def _read_object(path: Path, error: type = PretrainedError, **types: type) -> dict:
@@ -350,8 +359,9 @@ def read_examples(
     full = [row for row in rows if row[0].strip() and row[1]]
     if not full:
         raise DataError(f"{path}: no row has both a text and a label; add some")
-    if n := len(rows) - len(full):
-        log.warning(f"{path}: left out {n} of {len(rows)} rows without text or label")
+    if empty := [line for text, label, line in rows if not (text.strip() and label)]:
+        found = f"{len(empty)} of {len(rows)} rows without text or label"
+        log.warning(f"{path}: left out {found} (first: line {empty[0]})")
     return Examples(*map(list, zip(*full)))
 
 
@@ -462,8 +472,7 @@ def check_examples(examples: Examples) -> list[str]:
     return found
 
 
-def _groups(texts: Iterable[str]) -> list[list[int]]:
-    """Places of equal texts together, in the order of their first."""
+def _groups(texts: Iterable[str]) -> list[list[int]]:  # places of equal texts
     groups: dict[str, list[int]] = {}
     for place, text in enumerate(texts):
         groups.setdefault(text, []).append(place)
@@ -482,13 +491,16 @@ def split_examples(
     sure = [rows for rows in shuffled if len({labels[i] for i in rows}) == 1]
     by_label = _groups(labels[rows[0]] for rows in sure)
     in_test, carry = np.zeros(len(labels), bool), 0.5 + 1e-9
-    for groups in ([sure[i] for i in places] for places in by_label if len(places) > 1):
+    spare = [[sure[i] for i in places] for places in by_label if len(places) > 1]
+    for groups in spare:
         # With what rounding left: so rare labels get their share together.
         wanted, carry = divmod(test_size * sum(map(len, groups)) + carry, 1)
         for rows in groups[:-1]:  # no label leaves rest
             if 2 * wanted >= len(rows):
                 wanted -= len(rows)
                 in_test[rows] = True
+    if test_size and spare and not in_test.any():  # one text is better than none
+        in_test[min((rows for groups in spare for rows in groups), key=len)] = True
     columns, sides = vars(examples).values(), (~in_test, in_test)
     rest, test = ([[*itertools.compress(x, side)] for x in columns] for side in sides)
     return Examples(*rest), Examples(*test)
@@ -581,16 +593,15 @@ def _albert(char: str) -> str:
 class Tokenizer:
     """Cuts texts into the pieces of its file `vocab_path`; threads may share it."""
 
-    specials = "[PAD] [UNK] [CLS] [SEP]"
-
     def __init__(self, path: Path, pieces: list[str], lower: bool | None) -> None:
         # The place is the id. Of a piece that is there twice, the last one counts.
         self._ids = {piece: i for i, piece in enumerate(pieces)}
-        names = (*self.specials.split(), "[MASK]")  # out, so that no text can spell one
-        special_ids = [self._ids.pop(name, None) for name in names]
-        pad_id, self._unk_id, self._cls_id, self._sep_id, _ = special_ids
-        if pad_id != 0 or None in special_ids[:4]:
-            raise PretrainedError(f"{path} needs {self.specials}, the first with id 0")
+        names = "<pad> <unk>" if path.suffix == ".model" else "[PAD] [UNK]"
+        names += " [CLS] [SEP]"  # out, with [MASK], so that no text can spell one
+        ids = [self._ids.pop(name, None) for name in f"{names} [MASK]".split()]
+        pad_id, self._unk_id, self._cls_id, self._sep_id, _ = ids
+        if pad_id != 0 or None in ids[:4]:
+            raise PretrainedError(f"{path} needs {names}, the first with id 0")
         if lower is None:  # in brackets: [unused1], and the <S> of Chinese BERT
             lower = all(p == p.lower() for p in self._ids if p[:1] not in "[<")
         self.vocab_path, self.vocab_size, self.do_lower_case = path, len(pieces), lower
@@ -626,8 +637,6 @@ class _WordPiece(Tokenizer):
 
 
 class _SentencePiece(Tokenizer):
-    specials = "<pad> <unk> [CLS] [SEP]"
-
     def __init__(self, path: Path, lower: bool | None) -> None:
         import sentencepiece
 
@@ -879,15 +888,13 @@ def _load_weights(checkpoint_dir: Path, variables: dict) -> None:
 # In turn, they make bert-for-tf2's, Google's and Hugging Face's names the same.
 _COMMON_NAMES = (
     (r"[/.]", "_"),
-    (r"^(al)?bert_|_dense|_self", ""),
+    (r"^(al)?bert_|_dense|_self|_attention(_1)?(_output)?", ""),
     (r"(kernel|gamma|projector)$", "weight"),  # gamma: Hugging Face's too, of 2019
     (r"beta$", "bias"),
     (r"_embeddings_(weight|embeddings)$", "_embeddings"),
     (r"embeddings_word_embeddings_projector", "encoder_embedding_hidden_mapping_in"),
     (r"(transformer|albert_layer)_.*(group|layers)_0_", "layer_shared_"),
     (r"LayerNorm_1|full_layer_layer_norm", "output_LayerNorm"),
-    (r"shared_LayerNorm_", "shared_attention_LayerNorm_"),
-    (r"attention(_1)?(_output)?", "attention"),
     (r"ffn(_1_intermediate)?", "intermediate"),
     (r"intermediate_output", "output"),
 )
@@ -910,11 +917,10 @@ def learn_rate(
     """The learning rate of an optimizer step; from `n_steps` on, the last step's."""
     n_warmup, step = int(warmup_proportion * n_steps + 0.5), min(step, n_steps - 1)
     if step < n_warmup:  # 1. linear warm-up
-        rate = max_learn_rate * ((step + 1) / n_warmup)
-    else:  # 2. exponential decay; at its end, nothing is left to round
-        left = (n_steps - step - 1) / (n_steps - n_warmup)
-        rate = min_learn_rate * (max_learn_rate / min_learn_rate) ** left
-    return min(max(rate, min_learn_rate), max_learn_rate)
+        return max(min_learn_rate, max_learn_rate * ((step + 1) / n_warmup))
+    left = (n_steps - step - 1) / (n_steps - n_warmup)  # 2. decay, exact at its end
+    rate = min_learn_rate * (max_learn_rate / min_learn_rate) ** left
+    return min(rate, max_learn_rate)
 
 
 # === 8. Training: TrainConfig and its loop ===
@@ -970,11 +976,10 @@ def _resolve(config: TrainConfig) -> TrainConfig:
 
 def _choose_gpu(gpu: str | None) -> None:
     tf = _tensorflow()
-    gpus = tf.config.list_physical_devices("GPU")
-    if gpu is not None and gpu not in map(str, range(len(gpus))):
+    gpus = {str(i): x for i, x in enumerate(tf.config.list_physical_devices("GPU"))}
+    if gpu is not None and gpu not in gpus:
         raise TrainingError(f"gpu is {gpu!r}, but {len(gpus)} GPUs were found")
-    if gpus:
-        chosen = gpus[int(gpu or 0)]
+    if chosen := gpus.get(gpu or "0"):
         tf.config.set_visible_devices(chosen, "GPU")
         tf.config.experimental.set_memory_growth(chosen, True)
 
@@ -1011,8 +1016,7 @@ class _Trainer:  # keeps the epoch with the best validation loss
         self.logits = compiled(model.logits, [ids])
         writer, parts = tf.summary.create_file_writer, ("train", "validation")
         self.writers = {part: writer(str(log_dir / part)) for part in parts}
-        self.step, self.rate, self.seconds, self.best_loss = 0, 0.0, 0.0, math.inf
-        self.best_weights: dict[str, np.ndarray] = {}
+        self.step, self.rate, self.seconds, self.best = 0, 0.0, 0.0, (math.inf, {})
 
     def fit(self, train: _Rows, validation: _Rows) -> dict:
         """Trains and gives its speed; without validation the last epoch is kept."""
@@ -1022,12 +1026,14 @@ class _Trainer:  # keeps the epoch with the best validation loss
             self.seconds += time.perf_counter() - began
             if validation:
                 self._validate(epoch, validation)
-        for name, array in self.best_weights.items():
+        for name, array in self.best[1].items():
             self.model.variables[name].assign(array)
         speed = self.config.n_epochs * len(train) / self.seconds
         return {"train_texts_per_s": speed, "train_seconds": self.seconds}
 
     def _epoch(self, epoch: int, rows: _Rows) -> None:
+        from tqdm import tqdm
+
         config, rng = self.config, np.random.default_rng([self.config.seed, epoch - 1])
         batches = batches_by_length([len(x) for x, _ in rows], config.batch_size, rng)
         n_steps, high = config.n_epochs * len(batches), config.max_learn_rate
@@ -1059,8 +1065,8 @@ class _Trainer:  # keeps the epoch with the best validation loss
         figures = _loss_and_accuracy(self.predict(token_ids), label_ids)
         figures = self._record("validation", figures)
         log.info("epoch %d: validation %s", epoch, figures)
-        if figures["loss"] < self.best_loss:
-            self.best_loss, self.best_weights = figures["loss"], self.model.weights()
+        if figures["loss"] < self.best[0]:
+            self.best = figures["loss"], self.model.weights()
 
     def predict(self, token_ids: Sequence[np.ndarray]) -> np.ndarray:
         batches = batches_by_tokens([len(ids) for ids in token_ids], 8192)
@@ -1115,8 +1121,7 @@ def plot_confusion_matrix(true: list[str], predicted: list[str], path: Path) -> 
 # === 10. Artifact: onnx_model, train, find_run ===
 
 Data = str | Path | Examples | None  # a file, a built-in source's name or the rows
-FORMAT = 1  # of config.json
-LATEST = "latest_model_config.json"
+FORMAT, LATEST = 1, "latest_model_config.json"  # of config.json; names the run served
 _VOCAB_NAMES = {"bert": "vocab.txt", "albert": "30k-clean.model"}
 _SERVED_FILES = ("model.onnx", "golden.json")  # and the vocabulary
 _EXPORT_TOLERANCE, _LOAD_TOLERANCE = 1e-4, 1e-3  # of logits
@@ -1304,7 +1309,6 @@ def _open_model(run_dir: Path, config: dict, tokenizer: Tokenizer, limit: float)
     options.enable_mem_pattern = False  # which it keeps for every shape that comes
     if config["model_type"] == "albert":  # or each layer packs the same weights anew
         options.add_session_config_entry("session.disable_prepacking", "1")
-    # in the order of their speed, without those that compile for minutes
     providers = [x for x in get_available_providers() if x.startswith(("CUDA", "CPU"))]
     with _raising(ArtifactError, f"{run_dir}: bad model.onnx or golden.json; retrain"):
         session = InferenceSession(run_dir / "model.onnx", options, providers)
@@ -1354,8 +1358,7 @@ _LATE = ("the deadline has passed", 504, "deadline_passed")
 def _metrics() -> Any:
     from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-    registry = CollectorRegistry()
-    found = types.SimpleNamespace(registry=registry)
+    found = types.SimpleNamespace(registry=CollectorRegistry())
     shares = functools.partial(Histogram, buckets=[i / 10 for i in range(1, 11)])
     sizes = functools.partial(Histogram, buckets=[2**i for i in range(14)])
     for kind, name, *others in (  # help and names of labels
@@ -1372,7 +1375,9 @@ def _metrics() -> Any:
         (Gauge, "model_info", "The model that answers", ["model"]),
         (Counter, "reloads", "New models, and why they failed", ["result"]),
     ):
-        setattr(found, name, kind(f"bertflask_{name}", *others, registry=registry))
+        setattr(
+            found, name, kind("bertflask_" + name, *others, registry=found.registry)
+        )
     return found
 
 
@@ -1525,7 +1530,7 @@ class Batcher:
             new = {key: x for key, x in zip(keys, token_ids) if not self._find(key)}
             n, added = self.n_tokens(), sum(map(len, new.values()))
             # what is larger than the whole queue is taken when that is empty
-            if n and added and n + added > self.queue_tokens:
+            if self._closed or n and added and n + added > self.queue_tokens:
                 raise RequestError("too much waits", 429, "queue_full")
             for key, ids in new.items():
                 due += len(ids) / self._rate  # so short requests pass a long one
@@ -1598,6 +1603,7 @@ class Batcher:
 
 # === 12. HTTP: ServeConfig, create_app, serve ===
 
+_OPEN_PATHS = ("/health_check", "/readyz", "/metrics")
 _DEADLINE = "X-Request-Deadline-Ms"
 
 
@@ -1622,7 +1628,7 @@ class ServeConfig:
 
 
 def create_app(classifier: Any, **limits: Any) -> flask.Flask:
-    """A Flask application on a Classifier; `limits` are fields of ServeConfig."""
+    """A Flask application on a Classifier or its like, with fields of ServeConfig."""
     return _Api(classifier, ServeConfig(**limits)).app
 
 
@@ -1637,10 +1643,11 @@ class _Api:
             sizes = config.queue_tokens, config.cache_size
             self.model = Batcher(classifier, self.metrics, *sizes)
         self.slots = threading.Semaphore(config.threads)
-        keys = os.environ.get("BERTFLASK_API_KEYS", "").replace(",", " ")
-        if config.api_keys and not (keys := Path(config.api_keys).read_text()).split():
-            raise ServerError(f"{config.api_keys} has no API key: write one a line")
-        self.keys = [f"Bearer {key}".encode() for key in keys.split()]
+        path, keys = config.api_keys, os.environ.get("BERTFLASK_API_KEYS", "")
+        keys = Path(path).read_text("utf-8", "replace") if path else keys
+        self.keys = [f"Bearer {x}".encode() for x in keys.replace(",", " ").split()]
+        if path and not self.keys:
+            raise ServerError(f"{path} has no API key: write one a line")
         self.app = app = Flask(__name__, static_folder=None)
         app.extensions["bertflask"] = self
         app.json.sort_keys = False
@@ -1660,7 +1667,7 @@ class _Api:
         given = request.headers.get("Authorization", "").encode()
         # compared with all, in a time that does not tell how near a wrong one is
         fits = [hmac.compare_digest(key, given) for key in self.keys]
-        if fits and not any(fits) and not (is_open and request.path != "/predict"):
+        if fits and not any(fits) and not (is_open and request.path in _OPEN_PATHS):
             raise RequestError("send an API key", 401, "unauthorized", "Authorization")
 
     def readyz(self) -> dict:
@@ -1683,10 +1690,14 @@ class _Api:
         if not self.slots.acquire(blocking=False):
             raise RequestError("too many requests at once", 429, "queue_full")
         try:
-            body, args = self.read_body(), ()
+            body, args, request = self.read_body(), (), self.request
+            given = request.headers.get(_DEADLINE, "9" * 15)  # it may only shorten
+            if not re.fullmatch("[0-9]{1,15}", given):
+                raise RequestError("give milliseconds", 422, "int_parsing", _DEADLINE)
             if isinstance(self.model, Batcher):
-                is_gone = self.request.environ.get("waitress.client_disconnected", bool)
-                args = self.request.started + self.allowed_s(), is_gone
+                is_gone = request.environ.get("waitress.client_disconnected", bool)
+                allowed_s = min(self.config.deadline, int(given) / 1000)
+                args = request.started + allowed_s, is_gone
             found = self.model.predict(body.x, body.top_k or 1, *args)
         finally:
             self.slots.release()
@@ -1698,13 +1709,6 @@ class _Api:
         answer["probabilities"] = [float(one.probability) for one in found]
         answer["truncated"] = [bool(one.truncated) for one in found]
         return answer | ({"top_k": [one.top_k for one in found]} if body.top_k else {})
-
-    def allowed_s(self) -> float:
-        """The seconds that the request may take; its header may shorten them."""
-        given = self.request.headers.get(_DEADLINE, "9" * 15)
-        if not re.fullmatch("[0-9]{1,15}", given):
-            raise RequestError("give milliseconds", 422, "int_parsing", _DEADLINE)
-        return min(self.config.deadline, int(given) / 1000)
 
     def read_body(self) -> Any:
         """The body, checked; RequestError if it is of another shape or too large."""
@@ -1755,12 +1759,8 @@ class _Api:
         response.headers["X-Request-Id"] = request.id
         entry = {"endpoint": request.path, "response": response.get_json(silent=True)}
         entry |= {"status_code": status, "response_time": round(seconds, 6)}
-        agent, name = request.user_agent.string, request.id
-        entry |= {
-            "user_ip": request.remote_addr,
-            "user_agent": agent,
-            "request_id": name,
-        }
+        entry["user_ip"] = request.remote_addr
+        entry |= {"user_agent": request.user_agent.string, "request_id": request.id}
         log.getChild("requests").info(json.dumps(entry))
         return response
 
@@ -1797,7 +1797,7 @@ def serve(config: ServeConfig, run_dir: str | None, models_dir: str) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, pass_on)
-    warnings.simplefilter("ignore", DeprecationWarning)  # numpy has threads that idle
+    warnings.filterwarnings("ignore", ".*use of fork")  # numpy has threads, which idle
     while child := os.fork():
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if code < 0:
@@ -1812,11 +1812,14 @@ def _serve_here(listener, ready, config, run_dir, models_dir) -> None:
     import waitress
 
     load = functools.partial(Classifier.load, run_dir, models_dir)
+    latest = Path(run_dir or models_dir, "config.json" if run_dir else LATEST)
+    seen = latest.is_file() and latest.read_bytes()  # first: no change is missed
     try:
         api, stop = _Api(load(), config), []
     except Exception as error:
         log.error(_error_line(error))
         os._exit(2)
+    api.seen = seen
     logging.getLogger("waitress").setLevel(logging.ERROR)
     limits = {"max_request_body_size": config.max_body_bytes + 100 * 2**20}
     limits |= {"connection_limit": 1000, "threads": config.threads + 4}  # to refuse
@@ -1828,7 +1831,6 @@ def _serve_here(listener, ready, config, run_dir, models_dir) -> None:
     signal.signal(signal.SIGHUP, lambda *_: setattr(api, "seen", None))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: stop.append(number))
-    latest = Path(run_dir or models_dir, "config.json" if run_dir else LATEST)
     threading.Thread(target=_watch, args=(api, load, latest), daemon=True).start()
     ready[0] = 1
     url = "http://{}:{}".format(*listener.getsockname())
@@ -1858,8 +1860,6 @@ def _drain(api: _Api, server: Any, turn: Callable) -> None:
 
 
 def _watch(api: _Api, load: Callable, latest: Path) -> None:
-    """Changes the model when `latest` does, or `seen` is None; not if that fails."""
-    api.seen = latest.is_file() and latest.read_bytes()
     while True:
         time.sleep(1)
         if (now := latest.is_file() and latest.read_bytes()) != api.seen:

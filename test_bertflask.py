@@ -874,8 +874,7 @@ def test_a_model_of_the_hub_is_fetched_without_its_pickles(hub, tmp_path):
     out, err = hub.fetch("owner/name")
     folder = tmp_path / "pretrained" / "owner--name"
     assert out == f"{folder}\n", err
-    names = {path.name for path in folder.iterdir() if path.name[0] != "."}
-    assert names == {*HF_FILES, "pretrained.json"}
+    assert {path.name for path in folder.iterdir()} == {*HF_FILES, "pretrained.json"}
     assert not [path for path in hub.seen if path.endswith((".bin", ".onnx"))]
 
 
@@ -910,7 +909,7 @@ def test_what_the_hub_cannot_give_gets_one_line(hub, tmp_path, name, files, mess
     error = hub.fetch(name)[1].strip().splitlines()[-1]
     assert "Error: " in error
     assert message in error
-    assert not [path for path in hub.seen if path.endswith(".bin")]
+    assert not [path for path in hub.seen if path.endswith((".bin", ".safetensors"))]
     assert visible(tmp_path) == []
 
 
@@ -1068,7 +1067,7 @@ def test_line_numbers_are_those_of_an_editor(read, end):
 def test_rows_without_text_or_label_are_counted_and_left_out(read, caplog):
     examples = read("text,label\na,x\n \t,x\nb,\n\n,,\nc, y \n")
     assert (examples.texts, examples.labels) == (["a", "c"], ["x", "y"])
-    assert "left out 3 of 5 rows without text or label" in caplog.text
+    assert "left out 3 of 5 rows without text or label (first: line 3)" in caplog.text
 
 
 def test_full_file_gives_no_warning(read, caplog):
@@ -1291,6 +1290,15 @@ def test_every_label_gets_its_share_and_so_does_the_whole(counts, test_size, see
         share > n - 1 for share, n in zip(shares, filter((1).__lt__, counts))
     )
     assert abs(tested.total() - sum(shares)) <= 1 + n_capped
+
+
+@given(st.integers(2, 40), st.floats(1e-6, 0.99), st.integers(1, 9), seeds)
+def test_test_set_is_not_empty_where_a_label_has_two_texts(n, test_size, copies, seed):
+    examples = Examples(
+        [f"text {i % n}" for i in range(n * copies)], ["x"] * n * copies
+    )
+    rest, test = split_examples(examples, test_size, seed)
+    assert test.texts and rest.texts
 
 
 @given(rows_to_split, sizes, seeds)
@@ -2033,6 +2041,7 @@ def test_a_misshapen_variable_is_an_error_that_names_it(tiny_bert_dir, tmp_path)
         ({"hidden_size": None}, "hidden_size"),
         ({"num_hidden_groups": 2, "embedding_size": 8}, "num_hidden_groups 2"),
         ({"num_attention_heads": 0}, "num_attention_heads 0"),
+        ({"num_attention_heads": 7}, "num_heads"),
         ({"num_hidden_layers": -1}, "num_hidden_layers -1"),
     ],
 )
@@ -2042,6 +2051,11 @@ def test_an_unsupported_configuration_is_one_clear_error(tmp_path, change, probl
     with pytest.raises(bertflask.PretrainedError, match=problem) as caught:
         bertflask.build_model(tmp_path, 2, load_weights=False)
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_configuration_is_one_clear_error(tmp_path):
+    with pytest.raises(bertflask.PretrainedError, match="bert_config.json.*No such"):
+        bertflask.read_config(tmp_path)
 
 
 def test_the_new_head_depends_on_the_seed_alone(tiny_bert_dir):
@@ -2782,14 +2796,6 @@ class Asked:
         """200, the status of a refusal, or 0 if the model failed."""
         error = self.answer.exception(60)
         return 200 if error is None else getattr(error, "status", 0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_look():
-    """Whether a client has left is asked at once, so that the tests need no sleep."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bertflask, "_LOOK_S", 0.001, raising=False)
-        yield
 
 
 @pytest.fixture
@@ -3756,6 +3762,18 @@ def test_no_key_is_needed_if_none_is_set(app_of, monkeypatch):
     assert status_with(create_app(Toy()).test_client(), "/predict", None) == 200
 
 
+def test_open_health_opens_health_alone(app_of, key_file):
+    client = app_of(Toy(), api_keys=key_file, open_health=True).test_client()
+    assert client.get("/nowhere").status_code == 401
+
+
+def test_a_key_file_that_is_not_utf_8_still_holds_its_other_keys(app_of, tmp_path):
+    (tmp_path / "keys").write_bytes(b"\xff\xfe\nk3y\n")
+    client = app_of(Toy(), api_keys=tmp_path / "keys").test_client()
+    assert client.get("/readyz", headers={"Authorization": "Bearer k3y"}).json
+    assert client.get("/readyz").status_code == 401
+
+
 @pytest.mark.parametrize("content", ["", " \n\t\n"])
 def test_a_file_without_a_key_is_refused(app_of, tmp_path, content):
     (tmp_path / "keys").write_text(content)
@@ -3784,6 +3802,14 @@ def test_forwarded_addresses_are_believed_behind_trusted_proxies_alone(
 def readiness(app):
     response = app.test_client().get("/readyz")
     return response.status_code, response.json.get("error", {"code": None})["code"]
+
+
+def test_a_closed_batcher_refuses(batcher_of, toy):
+    batcher = batcher_of(toy)
+    toy.free()
+    batcher.close()
+    with pytest.raises(RequestError, match="too much waits"):
+        batcher.predict(["a"])
 
 
 def test_a_server_with_its_model_is_ready(app_of):
@@ -4406,16 +4432,24 @@ def test_a_drain_tells_first_and_answers_what_it_accepts(start):
     assert server.end() == 0
 
 
-def test_without_a_delay_a_stopped_server_refuses_at_once(start):
-    server = start("pass")
+@contextlib.contextmanager
+def busy(server):
+    """A server under way with a request, which is answered in the end, and exits."""
     server.wait_for("ready: ")
     with ThreadPoolExecutor() as pool:
         slow = pool.submit(server.post, '{"x": ["slow slow"]}')
         server.wait_for("slow runs")
+        yield slow
+        assert slow.result()[0] == 200
+    assert server.end() == 0
+
+
+def test_without_a_delay_a_stopped_server_refuses_at_once(start):
+    server = start("pass")
+    with busy(server) as slow:
         server.process.terminate()
         until(server.is_refusing)
-        assert not slow.done() and slow.result()[0] == 200
-    assert server.end() == 0
+        assert not slow.done()
 
 
 def test_a_connection_that_asks_nothing_does_not_hold_the_end(start):
@@ -4439,15 +4473,10 @@ def test_a_client_that_never_reads_does_not_hold_the_end_for_ever(start):
 
 def test_a_second_signal_does_not_cut_the_drain(start):
     server = start("pass")
-    server.wait_for("ready: ")
-    with ThreadPoolExecutor() as pool:
-        slow = pool.submit(server.post, '{"x": ["slow slow"]}')
-        server.wait_for("slow runs")
+    with busy(server):
         for _ in range(3):
             os.killpg(server.process.pid, signal.SIGTERM)
             time.sleep(0.1)
-        assert slow.result()[0] == 200
-    assert server.end() == 0
 
 
 # --- what a proxy tells ---
@@ -4550,7 +4579,8 @@ def test_help_lists_the_commands(run, args):
 
 def test_help_starts_without_a_heavy_package():
     heavy = "tensorflow bert tokenizers sentencepiece onnxruntime sklearn matplotlib"
-    heavy += " flask waitress huggingface_hub pydantic requests prometheus_client"
+    heavy += " flask waitress huggingface_hub pydantic tqdm requests"
+    heavy += " prometheus_client"
     script = "import sys, bertflask; bertflask.main(['train', '--help'])\n"
     script += f"sys.exit(bool(set(sys.modules) & set({heavy.split()})))"
     here = Path(__file__).parent
