@@ -806,23 +806,11 @@ class Model:
         return self.tf.nn.batch_normalization(x, mean, variance, beta, gamma, eps)
 
     def _layer(self, name: str, x: Any, context: Any, mask: Any) -> Any:
-        y = self._attention(f"{name}/attention/self", x, context, mask)
-        x = self._add_norm(x, y, f"{name}/attention/output")
-        is_tanh = self.config["hidden_act"] == "gelu"
-        y = self.tf.nn.gelu(self._dense(x, f"{name}/intermediate"), is_tanh)
-        return self._add_norm(x, y, f"{name}/output")
-
-    def _add_norm(self, x: Any, y: Any, name: str) -> Any:
-        y = self.tf.cast(self._dense(y, f"{name}/dense"), "float32")
-        y = self._dropout(y, self.config["hidden_dropout_prob"])
-        return self._layer_norm(x + y, f"{name}/LayerNorm")
-
-    def _attention(self, name: str, x: Any, context: Any, mask: Any) -> Any:
         tf, n_heads = self.tf, self.config["num_attention_heads"]
         size = self.config["hidden_size"] // n_heads
 
         def heads(rows: Any, part: str) -> Any:  # [B*T, H] -> [B, A, T, D]
-            y = self._dense(rows, f"{name}/{part}")
+            y = self._dense(rows, f"{name}/attention/self/{part}")
             y = tf.reshape(y, (tf.shape(mask)[0], -1, n_heads, size))
             return tf.transpose(y, (0, 2, 1, 3))
 
@@ -831,7 +819,16 @@ class Model:
         weights = tf.nn.softmax(tf.cast(scores, tf.float32) + mask)
         weights = self._dropout(weights, self.config["attention_probs_dropout_prob"])
         y = tf.matmul(tf.cast(weights, self.precision), heads(context, "value"))
-        return tf.reshape(tf.transpose(y, (0, 2, 1, 3)), (-1, n_heads * size))
+        y = tf.reshape(tf.transpose(y, (0, 2, 1, 3)), (-1, n_heads * size))
+        x = self._add_norm(x, y, f"{name}/attention/output")
+        is_tanh = self.config["hidden_act"] == "gelu"
+        y = tf.nn.gelu(self._dense(x, f"{name}/intermediate"), is_tanh)
+        return self._add_norm(x, y, f"{name}/output")
+
+    def _add_norm(self, x: Any, y: Any, name: str) -> Any:
+        y = self.tf.cast(self._dense(y, f"{name}/dense"), "float32")
+        y = self._dropout(y, self.config["hidden_dropout_prob"])
+        return self._layer_norm(x + y, f"{name}/LayerNorm")
 
 
 def build_model(
