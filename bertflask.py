@@ -1775,7 +1775,7 @@ def _body(config: ServeConfig, n_labels: int) -> Any:
 
 def serve(config: ServeConfig, run_dir: str | None, models_dir: str) -> None:
     """Serves a run until SIGTERM or SIGINT; then answers what was accepted, and exits.
-    Raises ServerError if it cannot listen; exits with 2 if the model is no use."""
+    Raises ServerError if it cannot listen, ArtifactError if the model is no use."""
     try:
         listener = socket.create_server((config.host, config.port), backlog=2048)
     except (OSError, UnicodeError) as error:
@@ -1811,11 +1811,7 @@ def _serve_here(listener, ready, config, run_dir, models_dir) -> None:
     load = functools.partial(Classifier.load, run_dir, models_dir)
     latest = Path(run_dir or models_dir, "config.json" if run_dir else LATEST)
     seen = latest.is_file() and latest.read_bytes()  # first: no change is missed
-    try:
-        api, stop = _Api(load(), config), []
-    except Exception as error:
-        log.error(_error_line(error))
-        os._exit(2)
+    api, stop = _Api(load(), config), []
     api.seen = seen
     logging.getLogger("waitress").setLevel(logging.ERROR)
     limits = {"max_request_body_size": config.max_body_bytes + 100 * 2**20}
@@ -1868,18 +1864,6 @@ def _watch(api: _Api, load: Callable, latest: Path) -> None:
                 api.reload_error = _one_line(error)
                 log.error("%s goes on: %s", api.model.name, api.reload_error)
             api.metrics.reloads.labels(api.reload_error or "done").inc()
-
-
-def _error_line(error: Exception) -> str:
-    """The line for an error that its user can mend; raises any other, a bug of ours."""
-    words = str(error)
-    if isinstance(error, ModuleNotFoundError):
-        words = f"{error.name} is not installed; install requirements.txt"
-    elif isinstance(error, click.UsageError):
-        words = f"{error.format_message()} (see {error.ctx.command_path} --help)"
-    elif not isinstance(error, (BertFlaskError, OSError)):
-        raise error
-    return f"error: {' '.join(words.split())}"
 
 
 # === 13. Command line: main ===
@@ -1979,7 +1963,8 @@ def _serve_command(run_dir: str | None, models_dir: str, **parameters: Any) -> N
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code of a command line: 0, 2 for its user's errors, 130 for Ctrl-C."""
+    """The exit code of a command line: 0, 2 for its user's errors, 130 for Ctrl-C.
+    Any other error is a bug, which it raises."""
     log.handlers[:] = [logging.StreamHandler(sys.stderr)]
     log.setLevel(logging.INFO)
     args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
@@ -1988,9 +1973,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except click.Abort:
         click.echo("interrupted", err=True)
         return 130
-    except Exception as error:
-        click.echo(_error_line(error), err=True)
-        return 2
+    except click.UsageError as error:
+        words = f"{error.format_message()} (see {error.ctx.command_path} --help)"
+    except ModuleNotFoundError as error:
+        words = f"{error.name} is not installed; install requirements.txt"
+    except (BertFlaskError, OSError) as error:
+        words = str(error)
+    click.echo(f"error: {' '.join(words.split())}", err=True)
+    return 2
 
 
 if __name__ == "__main__":
