@@ -1465,11 +1465,11 @@ class Batcher:
         self.classifier, self.metrics = classifier, metrics
         self.queue_tokens, self.cache_size = queue_tokens, cache_size
         self._changed, self._closed = threading.Condition(), False
-        self._queue: dict[tuple, _Job] = {}  # by their keys, as the next
-        self._running: dict[tuple, _Job] = {}
+        self._open: dict[tuple, _Job] = {}  # by their keys: those that wait or run
         self._cache: dict[tuple, _Job] = {}  # the latest asked for last
+        self.n_tokens = 0  # of those that wait
         self._rate, self._began = 5000.0, math.inf  # tokens/s; when a batch began
-        metrics.queue_tokens.set_function(self.n_tokens)
+        metrics.queue_tokens.set_function(lambda: self.n_tokens)
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
@@ -1513,25 +1513,22 @@ class Batcher:
     def is_working(self) -> bool:
         return self._thread.is_alive() and time.monotonic() - self._began < _STUCK_S
 
-    def n_tokens(self) -> int:  # in the queue
-        with self._changed:
-            return sum(len(job.token_ids) for job in self._queue.values())
-
     def wait_s(self) -> int:  # to empty the queue
-        return math.ceil(self.n_tokens() / self._rate) or 1
+        return math.ceil(self.n_tokens / self._rate) or 1
 
     def _enter(self, classifier: Any, token_ids: list[np.ndarray]) -> list[_Job]:
         keys = [(classifier, ids.tobytes()) for ids in token_ids]
         came = due = time.monotonic()
         with self._changed:
             new = {key: x for key, x in zip(keys, token_ids) if not self._find(key)}
-            n, added = self.n_tokens(), sum(map(len, new.values()))
+            n, added = self.n_tokens, sum(map(len, new.values()))
             # what is larger than the whole queue is taken when that is empty
             if self._closed or n and added and n + added > self.queue_tokens:
                 raise RequestError("too much waits", 429, "queue_full")
             for key, ids in new.items():
                 due += len(ids) / self._rate  # so short requests pass a long one
-                self._queue[key] = _Job(key, ids, came, due)
+                self._open[key] = _Job(key, ids, came, due)
+            self.n_tokens += added
             jobs = [self._find(key) for key in keys]
             for job in jobs:
                 job.n_waiting += 1
@@ -1542,23 +1539,24 @@ class Batcher:
     def _find(self, key: tuple) -> _Job | None:
         if key in self._cache:
             self._cache[key] = self._cache.pop(key)  # the latest comes last
-        return self._queue.get(key) or self._running.get(key) or self._cache.get(key)
+        return self._open.get(key) or self._cache.get(key)
 
     def _work(self) -> None:
-        while self._queue or not self._closed:
+        while self._open or not self._closed:
             self._run(self._take())  # holding no batch of a replaced model
             self._began = math.inf
 
     def _take(self) -> list[_Job]:
         with self._changed:
-            self._changed.wait_for(lambda: self._queue or self._closed)
-            waiting = [job for job in self._queue.values() if job.n_waiting]
+            self._changed.wait_for(lambda: self._open or self._closed)
+            waiting = [job for job in self._open.values() if job.n_waiting]
             waiting.sort(key=lambda job: job.due)
+            self._open = {job.key: job for job in waiting}
+            self.n_tokens = sum(len(job.token_ids) for job in waiting)
             same = [job for job in waiting if job.key[0] is waiting[0].key[0]]
             batches = batches_by_tokens([len(x.token_ids) for x in same], _BATCH_TOKENS)
             batch = [same[row] for rows in batches if 0 in rows for row in rows]
-            self._running = {job.key: job for job in batch}
-            self._queue = {x.key: x for x in waiting if x.key not in self._running}
+            self.n_tokens -= sum(len(job.token_ids) for job in batch)
             return batch
 
     def _run(self, batch: list[_Job]) -> None:
@@ -1576,7 +1574,7 @@ class Batcher:
         self._measure(batch)
         with self._changed:
             for job, result in zip(batch, results, strict=True):
-                del self._running[job.key]
+                del self._open[job.key]
                 if isinstance(result, Exception):
                     job.set_exception(result)
                     continue
