@@ -1355,10 +1355,10 @@ _LATE = ("the deadline has passed", 504, "deadline_passed")
 def _metrics() -> Any:
     from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-    found = types.SimpleNamespace(registry=CollectorRegistry())
+    registry = CollectorRegistry()
     shares = functools.partial(Histogram, buckets=[i / 10 for i in range(1, 11)])
     sizes = functools.partial(Histogram, buckets=[2**i for i in range(14)])
-    for kind, name, *others in (  # help and names of labels
+    rows = (  # the class, the name, help and names of labels
         (Counter, "requests", "Requests answered", ["endpoint", "status"]),
         (Histogram, "request_seconds", "Time to answer a request", ["endpoint"]),
         (Gauge, "queue_tokens", "Tokens that wait"),
@@ -1371,11 +1371,10 @@ def _metrics() -> Any:
         (shares, "top_probability", "Probability of the best label"),
         (Gauge, "model_info", "The model that answers", ["model"]),
         (Counter, "reloads", "New models, and why they failed", ["result"]),
-    ):
-        setattr(
-            found, name, kind("bertflask_" + name, *others, registry=found.registry)
-        )
-    return found
+    )
+    options = {"namespace": "bertflask", "registry": registry}
+    metrics = {name: kind(name, *others, **options) for kind, name, *others in rows}
+    return types.SimpleNamespace(registry=registry, **metrics)
 
 
 @dataclass(frozen=True)
