@@ -1808,7 +1808,7 @@ def _serve_here(listener, ready, config, run_dir, models_dir) -> None:
     load = functools.partial(Classifier.load, run_dir, models_dir)
     latest = Path(run_dir or models_dir, "config.json" if run_dir else LATEST)
     seen = latest.is_file() and latest.read_bytes()  # first: no change is missed
-    api, stop = _Api(load(), config), []
+    api = _Api(load(), config)
     api.seen = seen
     logging.getLogger("waitress").setLevel(logging.ERROR)
     limits = {"max_request_body_size": config.max_body_bytes + 100 * 2**20}
@@ -1820,20 +1820,20 @@ def _serve_here(listener, ready, config, run_dir, models_dir) -> None:
     # Handlers take no lock: a second signal may come while they run.
     signal.signal(signal.SIGHUP, lambda *_: setattr(api, "seen", None))
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: stop.append(number))
+        signal.signal(number, lambda *_: setattr(api, "draining", True))
     threading.Thread(target=_watch, args=(api, load, latest), daemon=True).start()
     ready[0] = 1
     url = "http://{}:{}".format(*listener.getsockname())
     curl = f"""curl {url}/predict -d '{{"x": ["a text"]}}'"""
     log.info("ready: %s serves %s; try: %s", url, api.model.name, curl)
-    while not stop:
+    while not api.draining:
         turn()
     _drain(api, server, turn)
     os._exit(0)  # whatever other threads do
 
 
 def _drain(api: _Api, server: Any, turn: Callable) -> None:
-    api.draining, end = True, time.monotonic() + api.config.drain_delay
+    end = time.monotonic() + api.config.drain_delay
     while time.monotonic() < end:
         turn()
     for _ in range(2048):
