@@ -1773,11 +1773,9 @@ def _body(config: ServeConfig, n_labels: int) -> Any:
 def serve(config: ServeConfig, run_dir: str | None, models_dir: str) -> None:
     """Serves a run until SIGTERM or SIGINT; then answers what was accepted, and exits.
     Raises ServerError if it cannot listen, ArtifactError if the model is no use."""
-    try:
+    place = f"{config.host} port {config.port}"
+    with _raising(ServerError, f"cannot listen on {place}: give another --port"):
         listener = socket.create_server((config.host, config.port), backlog=2048)
-    except (OSError, UnicodeError) as error:
-        words = f"cannot listen on {config.host} port {config.port}"
-        raise ServerError(f"{words}: {_one_line(error)}; give another --port") from None
     ready, child = mmap.mmap(-1, 1), 0  # ready: shared by the processes
 
     def pass_on(number: int, _: Any) -> None:
