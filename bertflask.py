@@ -1772,7 +1772,7 @@ def _body(config: ServeConfig, n_labels: int) -> Any:
 
 def serve(config: ServeConfig, run_dir: str | None, models_dir: str) -> None:
     """Serves a run until SIGTERM or SIGINT; then answers what was accepted, and exits.
-    Raises ServerError if it cannot listen, ArtifactError if the model is no use."""
+    Raises ServerError if it cannot listen; in its child, ArtifactError on a bad run."""
     place = f"{config.host} port {config.port}"
     with _raising(ServerError, f"cannot listen on {place}: give another --port"):
         listener = socket.create_server((config.host, config.port), backlog=2048)
