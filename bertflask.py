@@ -924,6 +924,7 @@ def learn_rate(
 
 CLIP_NORM = 1.0
 _DECAYS, _PRECISIONS = ("exponential", "constant"), ("float32", "bfloat16", "float16")
+_WORDS = _EMBEDDINGS[0]
 _Rows = list[tuple[np.ndarray, int]]  # token ids and label id of each text
 
 
@@ -1002,9 +1003,16 @@ def _loss_and_accuracy(logits: Any, label_ids: Any) -> dict[str, Any]:
 
 
 class _Trainer:  # keeps the epoch with the best validation loss
-    def __init__(self, config: TrainConfig, model: Model, log_dir: Path) -> None:
+    def __init__(self, config: TrainConfig, model: Model, log_dir: Path, *rows: _Rows):
         tf, self.config, self.model = _tensorflow(), config, model
-        pairs = model.variables.items()  # to which AdamW adds two moments each
+        self.train, self.validation = rows
+        # Words that no training text has stay as they are: to move them all would take
+        # a sixth of a small model's time.
+        self.used = np.unique(np.concatenate([[0], *(ids for ids, _ in self.train)]))
+        words = tf.Variable(tf.gather(model.variables[_WORDS], self.used))
+        self.noisy = dataclasses.replace(model)
+        self.noisy.variables = model.variables | {_WORDS: words}
+        pairs = self.noisy.variables.items()  # to which AdamW adds two moments each
         self.slots = {k: [v, tf.Variable(0 * v), tf.Variable(0 * v)] for k, v in pairs}
         self.scale = tf.Variable(2.0**15 if model.precision == "float16" else 1.0)
         ids, *rest = (tf.TensorSpec(s, tf.int32) for s in ((None, None), (None,), ()))
@@ -1015,36 +1023,43 @@ class _Trainer:  # keeps the epoch with the best validation loss
         self.writers = {part: writer(str(log_dir / part)) for part in parts}
         self.step, self.rate, self.seconds, self.best = 0, 0.0, 0.0, (math.inf, {})
 
-    def fit(self, train: _Rows, validation: _Rows) -> dict:
+    def fit(self) -> dict:
         """Trains and gives its speed; without validation the last epoch is kept."""
         for epoch in range(1, self.config.n_epochs + 1):
             began = time.perf_counter()
-            self._epoch(epoch, train)
+            self._epoch(epoch)
             self.seconds += time.perf_counter() - began
-            if validation:
-                self._validate(epoch, validation)
+            self._spread_words()
+            if self.validation:
+                self._validate(epoch)
         for name, array in self.best[1].items():
             self.model.variables[name].assign(array)
-        speed = self.config.n_epochs * len(train) / self.seconds
+        speed = self.config.n_epochs * len(self.train) / self.seconds
         return {"train_texts_per_s": speed, "train_seconds": self.seconds}
 
-    def _epoch(self, epoch: int, rows: _Rows) -> None:
+    def _spread_words(self) -> None:
+        table, words = (x.variables[_WORDS] for x in (self.model, self.noisy))
+        table.scatter_update(_tensorflow().IndexedSlices(words, self.used))
+
+    def _epoch(self, epoch: int) -> None:
         from tqdm import tqdm
 
         config, rng = self.config, np.random.default_rng([self.config.seed, epoch - 1])
-        batches = batches_by_length([len(x) for x, _ in rows], config.batch_size, rng)
+        lengths = [len(ids) for ids, _ in self.train]
+        batches = batches_by_length(lengths, config.batch_size, rng)
         n_steps, high = config.n_epochs * len(batches), config.max_learn_rate
         low = high if config.schedule == "constant" else config.min_learn_rate
         limits = (n_steps, high, low, config.warmup_proportion)
         for batch in (bar := tqdm(batches, f"epoch {epoch}/{config.n_epochs}")):
-            token_ids, label_ids = zip(*(rows[i] for i in batch))
+            token_ids, label_ids = zip(*(self.train[i] for i in batch))
+            token_ids = pad([np.searchsorted(self.used, ids) for ids in token_ids])
             self.rate = learn_rate(self.step, *limits)
-            tensors = (pad(token_ids), np.array(label_ids), self.step, self.rate)
+            tensors = (token_ids, np.array(label_ids), self.step, self.rate)
             bar.set_postfix(self._record("train", self.train_step(*tensors)))
             self.step += 1
 
     def _train_step(self, token_ids: Any, label_ids: Any, step: Any, rate: Any) -> Any:
-        tf, model, scale = _tensorflow(), self.model, self.scale
+        tf, model, scale = _tensorflow(), self.noisy, self.scale
         with tf.GradientTape() as tape:
             noisy = dataclasses.replace(model, seed=tf.stack([self.config.seed, step]))
             figures = _loss_and_accuracy(noisy.logits(token_ids), label_ids)
@@ -1057,8 +1072,8 @@ class _Trainer:  # keeps the epoch with the best validation loss
         tf.cond(fine, lambda: _adam_w(self.slots, gradients, step, rate), lambda: None)
         return figures
 
-    def _validate(self, epoch: int, rows: _Rows) -> None:
-        token_ids, label_ids = zip(*rows)
+    def _validate(self, epoch: int) -> None:
+        token_ids, label_ids = zip(*self.validation)
         figures = _loss_and_accuracy(self.predict(token_ids), label_ids)
         figures = self._record("validation", figures)
         log.info("epoch %d: validation %s", epoch, figures)
@@ -1218,8 +1233,8 @@ def train(config: TrainConfig, data: Data = None, test: Data = None) -> Path:
     parts = split_examples(rest, config.validation_size, config.seed)
     rows = [[*zip(encode(x.texts), map(labels.index, x.labels))] for x in parts]
     run_dir = _make_run_dir(config)
-    trainer = _Trainer(config, model, run_dir)
-    metrics = trainer.fit(*rows) | {"accuracy": None, "macro_f1": None}
+    trainer = _Trainer(config, model, run_dir, *rows)
+    metrics = trainer.fit() | {"accuracy": None, "macro_f1": None}
     if held_out.texts:
         best = trainer.predict(encode(held_out.texts)).argmax(-1)
         pair = (held_out.labels, [labels[i] for i in best])

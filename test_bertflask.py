@@ -2163,14 +2163,13 @@ def test_adamw_equals_the_one_of_keras():
         np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5)
 
 
-@pytest.fixture
-def trainer(tiny_dir, tmp_path):
-    config = bertflask.TrainConfig(
-        batch_size=4, n_epochs=8, max_seq_len=16, max_learn_rate=5e-3,
-        min_learn_rate=1e-3, warmup_proportion=0.1,
-    )  # fmt: skip
-    model = bertflask.build_model(tiny_dir, 2)
-    return bertflask._Trainer(config, model, tmp_path)
+def trainer_of(checkpoint_dir, log_dir, *rows, **changes):
+    """A trainer of a fresh model; `rows` to train on and to validate on."""
+    given = {"batch_size": 4, "n_epochs": 8, "max_seq_len": 16, "max_learn_rate": 5e-3}
+    given |= {"min_learn_rate": 1e-3, "warmup_proportion": 0.1, **changes}
+    config = bertflask.TrainConfig(**given)
+    model = bertflask.build_model(checkpoint_dir, 2, precision=config.precision)
+    return bertflask._Trainer(config, model, log_dir, *rows)
 
 
 def rows_of(lengths, label_ids):
@@ -2179,35 +2178,67 @@ def rows_of(lengths, label_ids):
     return [*zip([i.astype(np.int32) for i in ids], label_ids)]
 
 
+ROWS = rows_of([1, 2, 3, 4, 5, 6, 7, 8] * 3, [0, 1, 1, 0, 1, 0, 0, 1] * 3)
+
+
 def accuracy_of(trainer, rows):
     token_ids, label_ids = zip(*rows)
     return (trainer.predict(token_ids).argmax(-1) == label_ids).mean()
 
 
-def test_training_learns_what_the_texts_tell(trainer):
-    rows = rows_of([1, 2, 3, 4, 5, 6, 7, 8] * 3, [0, 1, 1, 0, 1, 0, 0, 1] * 3)
-    trainer.fit(rows, rows)
-    assert accuracy_of(trainer, rows) > 0.9
+def test_training_learns_what_the_texts_tell(tiny_dir, tmp_path):
+    trainer = trainer_of(tiny_dir, tmp_path, ROWS, ROWS)
+    trainer.fit()
+    assert accuracy_of(trainer, ROWS) > 0.9
 
 
-def test_one_trace_serves_all_batch_shapes(trainer):
-    trainer.fit(rows_of(range(1, 12), [0, 1] * 5 + [0]), rows_of([], []))
+def test_one_trace_serves_all_batch_shapes(tiny_dir, tmp_path):
+    rows = rows_of(range(1, 12), [0, 1] * 5 + [0])
+    trainer = trainer_of(tiny_dir, tmp_path, rows, [])
+    trainer.fit()
     assert trainer.train_step.experimental_get_tracing_count() == 1
 
 
-def test_the_epoch_with_the_best_validation_loss_is_kept(trainer, monkeypatch):
+def test_words_of_no_training_text_are_not_changed(tiny_dir, tmp_path):
+    trainer = trainer_of(tiny_dir, tmp_path, ROWS, [])
+    before = trainer.model.weights()[bertflask._WORDS]
+    trainer.fit()
+    moved = (trainer.model.weights()[bertflask._WORDS] != before).any(-1)
+    used = {int(i) for ids, _ in ROWS for i in ids}
+    assert used <= set(np.flatnonzero(moved)) <= {0, *used}
+    assert len(moved) > len(used) + 1
+
+
+def test_words_of_training_texts_move_as_if_all_were_trained(
+    tiny_bert_dir, tmp_path, monkeypatch
+):
+    trainer = trainer_of(tiny_bert_dir, tmp_path, ROWS, [], n_epochs=1)
+    n_words = trainer.model.config["vocab_size"]
+    monkeypatch.setattr(bertflask.np, "unique", lambda _: np.arange(n_words))
+    whole = trainer_of(tiny_bert_dir, tmp_path, ROWS, [], n_epochs=1)
+    trainer.fit()
+    whole.fit()
+    used = sorted({int(i) for ids, _ in ROWS for i in ids})
+    found, expected = (x.model.weights()[bertflask._WORDS] for x in (trainer, whole))
+    np.testing.assert_allclose(found[used], expected[used], rtol=0, atol=1e-5)
+
+
+def test_the_epoch_with_the_best_validation_loss_is_kept(
+    tiny_dir, tmp_path, monkeypatch
+):
     margins, kept = iter([3.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0]), []
     rows = rows_of([1, 2, 3], [0, 1, 0])
+    trainer = trainer_of(tiny_dir, tmp_path, rows, rows)
     wrong = np.eye(2)[[1 - label_id for _, label_id in rows]]
     monkeypatch.setattr(trainer, "predict", lambda ids: next(margins) * wrong)
     validate = trainer._validate
 
-    def remember(epoch, rows):
+    def remember(epoch):
         kept.append(trainer.model.weights())
-        validate(epoch, rows)
+        validate(epoch)
 
     monkeypatch.setattr(trainer, "_validate", remember)
-    trainer.fit(rows, rows)
+    trainer.fit()
     now = trainer.model.weights()
     assert all(np.array_equal(now[name], kept[1][name]) for name in now)
     assert not np.array_equal(now["classifier/kernel"], kept[-1]["classifier/kernel"])
@@ -2239,15 +2270,9 @@ def test_tensorboard_gets_every_steps_figures(run_dir):
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_training_works_in_lower_precision(tiny_dir, tmp_path, precision):
-    config = bertflask.TrainConfig(
-        batch_size=4, n_epochs=8, max_learn_rate=5e-3, min_learn_rate=1e-3,
-        warmup_proportion=0.1, precision=precision,
-    )  # fmt: skip
-    model = bertflask.build_model(tiny_dir, 2, precision=precision)
-    trainer = bertflask._Trainer(config, model, tmp_path)
-    rows = rows_of([1, 2, 3, 4, 5, 6, 7, 8] * 3, [0, 1, 1, 0, 1, 0, 0, 1] * 3)
-    trainer.fit(rows, rows)
-    assert accuracy_of(trainer, rows) > 0.8
+    trainer = trainer_of(tiny_dir, tmp_path, ROWS, ROWS, precision=precision)
+    trainer.fit()
+    assert accuracy_of(trainer, ROWS) > 0.8
 
 
 @pytest.mark.parametrize(
