@@ -22,7 +22,7 @@ DEMO_MODEL := minilm_L-6_H-384_A-12
 
 export MODELS_DIR PORT PEERS_PYTHON
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-gpu bench_serve endurance lint clean
+.PHONY: help venv demo test test-slow test-gpu bench_serve bench_train endurance lint clean
 .PHONY: build_dev build_api api_model train start_api
 
 help: ## this list
@@ -68,6 +68,9 @@ bench_serve: $(STAMP) ## measure speed beside other servers: PEERS_PYTHON=.peers
 	@$(PY) bench.py serve $(ARGS)
 	@$(PY) bench.py bulk $(ARGS)
 	@$(PY) bench.py large $(ARGS)
+
+bench_train: $(STAMP) ## measure training beside Hugging Face's Trainer
+	@$(PY) bench.py train $(ARGS)
 
 endurance: $(STAMP) ## overload a server for a minute: ARGS="--seconds 600"
 	@$(PY) bench.py endurance $(ARGS)

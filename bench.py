@@ -4,15 +4,16 @@
     python bench.py bulk          # as a share of the machine's own matrix products
     python bench.py large         # the server with 12 layers of 768
     python bench.py int8 RUN CSV  # what integers would gain and lose
+    python bench.py train         # side by side with other ways to train
     python bench.py endurance     # three times the load that it can take, and worse
 
-The first three need the larger test data (BERTFLASK_TEST_DATA), `serve` also an
-environment for the peers (PEERS_PYTHON). Models are kept in MODELS_DIR. Heads
-and the large model are as good as random, on which speed does not depend. Where
-speed is measured, the answer cache is off.
+`int8` and `endurance` apart, they need the larger test data (BERTFLASK_TEST_DATA);
+`serve` and `train` compare with peers in an environment of their own (PEERS_PYTHON).
+Models are kept in MODELS_DIR. The heads that are served and the large model are as
+good as random, on which speed does not depend; the answer cache is off.
 
 The rooms, each under a banner `# ===`: 1 runs and texts, 2 servers, 3 serve and large,
-4 bulk and int8, 5 endurance.
+4 bulk and int8, 5 training, 6 endurance.
 """
 
 from __future__ import annotations
@@ -381,7 +382,60 @@ def bench_int8(run_dir: Path, data: Path, rounds: int) -> None:
         click.echo(f"{words}, {statistics.median(rates[name]):.1f} texts/s")
 
 
-# === 5. Endurance: bench_endurance ===
+# === 5. Training: bench_train ===
+
+
+@main.command("train")
+@click.option("--dataset", "datasets", default=DATASETS, multiple=True)
+@click.option("--epochs", default=3, help="of both; 0: bertflask's own defaults, 4")
+@click.option("--lr", default=1e-4, help="highest learning rate of the Trainer")
+@_ROUNDS
+def bench_train(datasets: tuple, epochs: int, lr: float, rounds: int) -> None:
+    """Train beside Hugging Face's Trainer and the recipe of 2020, a seed each round."""
+    found: dict = {}
+    for seed, name in itertools.product(range(rounds), datasets):
+        for peer, command in _train_commands(name, epochs, lr, seed).items():
+            figures = {f"{name}: {k}": v for k, v in _run_alone(command).items()}
+            click.echo(f"{peer}, seed {seed}: {figures}", err=True)
+            found.setdefault(peer, {}).setdefault(seed, {}).update(figures)
+    table = _table({peer: [*seeds.values()] for peer, seeds in found.items()})
+    click.echo("\n".join(table))
+
+
+def _train_commands(dataset: str, epochs: int, lr: float, seed: int) -> dict:
+    model_dir, peers, python = checkpoint(), DATA_DIR / "peers", sys.executable
+    train, test = (DATA_DIR / "data" / dataset / f"{x}.csv" for x in ("train", "test"))
+    flags = f"--model-name {model_dir} --models-dir {MODELS_DIR} --seed {seed}"
+    if epochs:
+        flags += f" --validation-size 0 --batch-size 32 --n-epochs {epochs}"
+    command = [python, bertflask.__file__, "train", train, "--test", test]
+    commands = {"bertflask": [*command, *flags.split()]}
+    flags = f"--epochs {epochs or 4} --batch-size 32 --lr {lr} --seed {seed}"
+    path = peers / "hf_train.py"
+    commands["hf_train"] = [PEERS_PYTHON, path, model_dir, train, test, *flags.split()]
+    if seed == 0:
+        path = peers / "recipe2020.py"
+        commands["recipe2020"] = [python, path, model_dir, train, "--limit", "128"]
+    return commands
+
+
+def _run_alone(command: list) -> dict[str, float]:
+    """The figures of a process's last line, and the memory that it used at most."""
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            [*map(str, command)], stdout=output, stderr=subprocess.DEVNULL
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise click.ClickException(f"exit code {process.returncode}: {command}")
+        output.seek(0)
+        found = json.loads(output.read().splitlines()[-1])
+    found.pop("run_dir", None)
+    return found | {"peak memory: MB": usage.ru_maxrss / 1024}
+
+
+# === 6. Endurance: bench_endurance ===
 
 _TOLERANCE = 1e-5  # of probabilities, between a batch of one and any other
 _GROWTH = 1.1  # of memory, from the second to the last third of the time
