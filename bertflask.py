@@ -923,7 +923,7 @@ def learn_rate(
 
 CLIP_NORM = 1.0
 _DECAYS, _PRECISIONS = ("exponential", "constant"), ("float32", "bfloat16", "float16")
-_WORDS = _EMBEDDINGS[0]
+_WORDS, _N_STEPS = _EMBEDDINGS[0], 500  # that a small model needs at least
 _Rows = list[tuple[np.ndarray, int]]  # token ids and label id of each text
 
 
@@ -955,7 +955,7 @@ class TrainConfig:
     models_dir: str = _field("folder of pretrained and trained models", "models")
 
 
-def _resolve(config: TrainConfig) -> TrainConfig:
+def _resolve(config: TrainConfig, n_rows: float = math.inf) -> TrainConfig:
     row = PRETRAINED.get(Path(config.model_name).name)  # of a folder, too
     values, recommended = dataclasses.asdict(config), row.recommended if row else {}
     for field in dataclasses.fields(config):
@@ -966,6 +966,9 @@ def _resolve(config: TrainConfig) -> TrainConfig:
             raise TrainingError(f"{name} is {value}; it must be from {low} to {high}")
         if value not in (choices := field.metadata.get("choices", (value,))):
             raise TrainingError(f"{name} is {value!r}; use one of {choices}")
+    if config.n_epochs is None and recommended:  # little data needs more of them
+        enough = math.ceil(_N_STEPS * values["batch_size"] / n_rows)
+        values["n_epochs"] = max(values["n_epochs"], min(enough, 40))
     if (low := values["min_learn_rate"]) > (high := values["max_learn_rate"]):
         raise TrainingError(f"min_learn_rate {low} is above max_learn_rate {high}")
     return TrainConfig(**values)
@@ -1005,8 +1008,7 @@ class _Trainer:  # keeps the epoch with the best validation loss
     def __init__(self, config: TrainConfig, model: Model, log_dir: Path, *rows: _Rows):
         tf, self.config, self.model = _tensorflow(), config, model
         self.train, self.validation = rows
-        # Words that no training text has stay as they are: to move them all would take
-        # a sixth of a small model's time.
+        # Words in no training text stay: they take a sixth of a small model's time.
         self.used = np.unique(np.concatenate([[0], *(ids for ids, _ in self.train)]))
         words = tf.Variable(tf.gather(model.variables[_WORDS], self.used))
         self.noisy = dataclasses.replace(model)
@@ -1210,9 +1212,9 @@ def onnx_model(config: dict, weights: dict[str, np.ndarray]) -> bytes:
 def train(config: TrainConfig, data: Data = None, test: Data = None) -> Path:
     """The folder of the finished run, from then on the latest; else a BertFlaskError.
     Without `data` it takes Stack Overflow posts, without `test` a part of `data`."""
-    config = _resolve(config)
     columns = (config.text_column, config.label_column, config.models_dir)
     rest = load_examples("stackoverflow" if data is None else data, *columns)
+    config = _resolve(config, len(rest.texts))
     held_out = None if test is None else load_examples(test, *columns)
     if held_out is None:
         rest, held_out = split_examples(rest, config.test_size, config.seed)
@@ -1920,8 +1922,7 @@ def _fetch_command(name: str, models_dir: str) -> None:
 @click.option("--strict", is_flag=True, help="exit code 1 if something is doubtful")
 def _check_command(data: str, test: str | None, strict: bool, **place) -> int:
     """Tell what is doubtful in DATA, with line numbers, before a training."""
-    tested = load_examples(test, **place) if test else None
-    found = check_examples(load_examples(data, **place), tested)
+    found = check_examples(*(load_examples(x, **place) for x in (data, test) if x))
     click.echo("\n".join(found))
     return int(strict and len(found) > 1)
 
@@ -1976,8 +1977,7 @@ def _serve_command(run_dir: str | None, models_dir: str, **parameters: Any) -> N
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code of a command line: 0, 2 for its user's errors, 130 for Ctrl-C.
-    Any other error is a bug, which it raises."""
+    """The exit code of a command line: 0, 2 for its user's errors, 130 for Ctrl-C."""
     log.handlers[:] = [logging.StreamHandler(sys.stderr)]
     log.setLevel(logging.INFO)
     args = list(sys.argv[1:] if argv is None else argv) or ["--help"]

@@ -2327,6 +2327,26 @@ def test_a_training_that_cannot_work_is_one_clear_error(
     assert not (tmp_path / bertflask.LATEST).exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "n_rows", "n_epochs"),
+    [
+        ({}, 10_000, 4),
+        ({}, 4_000, 4),
+        ({}, 2_000, 8),
+        ({}, 616, 26),
+        ({}, 20, 40),
+        ({"batch_size": 8}, 1_000, 4),
+        ({"n_epochs": 2}, 20, 2),
+        ({"model_name": "uncased_L-12_H-768_A-12"}, 20, 10),
+    ],
+)
+def test_little_data_is_trained_on_more_often_unless_epochs_are_given(
+    changes, n_rows, n_epochs
+):
+    config = TrainConfig(**{"model_name": MINILM, **changes})
+    assert bertflask._resolve(config, n_rows).n_epochs == n_epochs
+
+
 def test_the_same_data_parameters_and_seed_give_the_same_model_and_metrics(
     tiny_dir, examples, tmp_path
 ):
