@@ -923,7 +923,7 @@ def learn_rate(
 
 CLIP_NORM = 1.0
 _DECAYS, _PRECISIONS = ("exponential", "constant"), ("float32", "bfloat16", "float16")
-_WORDS, _N_STEPS = _EMBEDDINGS[0], 500  # that a small model needs at least
+_WORDS = _EMBEDDINGS[0]
 _Rows = list[tuple[np.ndarray, int]]  # token ids and label id of each text
 
 
@@ -955,7 +955,7 @@ class TrainConfig:
     models_dir: str = _field("folder of pretrained and trained models", "models")
 
 
-def _resolve(config: TrainConfig, n_rows: float = math.inf) -> TrainConfig:
+def _resolve(config: TrainConfig, n_rows=math.inf, n_labels: int = 0) -> TrainConfig:
     row = PRETRAINED.get(Path(config.model_name).name)  # of a folder, too
     values, recommended = dataclasses.asdict(config), row.recommended if row else {}
     for field in dataclasses.fields(config):
@@ -967,7 +967,7 @@ def _resolve(config: TrainConfig, n_rows: float = math.inf) -> TrainConfig:
         if value not in (choices := field.metadata.get("choices", (value,))):
             raise TrainingError(f"{name} is {value!r}; use one of {choices}")
     if config.n_epochs is None and recommended:  # little data needs more of them
-        enough = math.ceil(_N_STEPS * values["batch_size"] / n_rows)
+        enough = math.ceil((200 + 10 * n_labels) * values["batch_size"] / n_rows)
         values["n_epochs"] = max(values["n_epochs"], min(enough, 40))
     if (low := values["min_learn_rate"]) > (high := values["max_learn_rate"]):
         raise TrainingError(f"min_learn_rate {low} is above max_learn_rate {high}")
@@ -1214,7 +1214,7 @@ def train(config: TrainConfig, data: Data = None, test: Data = None) -> Path:
     Without `data` it takes Stack Overflow posts, without `test` a part of `data`."""
     columns = (config.text_column, config.label_column, config.models_dir)
     rest = load_examples("stackoverflow" if data is None else data, *columns)
-    config = _resolve(config, len(rest.texts))
+    config = _resolve(config, len(rest.texts), len({*rest.labels}))
     held_out = None if test is None else load_examples(test, *columns)
     if held_out is None:
         rest, held_out = split_examples(rest, config.test_size, config.seed)

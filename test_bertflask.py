@@ -2328,23 +2328,25 @@ def test_a_training_that_cannot_work_is_one_clear_error(
 
 
 @pytest.mark.parametrize(
-    ("changes", "n_rows", "n_epochs"),
+    ("changes", "n_rows", "n_labels", "n_epochs"),
     [
-        ({}, 10_000, 4),
-        ({}, 4_000, 4),
-        ({}, 2_000, 8),
-        ({}, 616, 26),
-        ({}, 20, 40),
-        ({"batch_size": 8}, 1_000, 4),
-        ({"n_epochs": 2}, 20, 2),
-        ({"model_name": "uncased_L-12_H-768_A-12"}, 20, 10),
+        ({}, 10_000, 77, 4),
+        ({}, 2_000, 77, 16),
+        ({}, 616, 77, 40),
+        ({}, 2_500, 17, 5),
+        ({}, 300, 7, 29),
+        ({}, 4_000, 2, 4),
+        ({}, 20, 2, 40),
+        ({"batch_size": 8}, 1_000, 7, 4),
+        ({"n_epochs": 2}, 20, 2, 2),
+        ({"model_name": "uncased_L-12_H-768_A-12"}, 20, 2, 10),
     ],
 )
 def test_little_data_is_trained_on_more_often_unless_epochs_are_given(
-    changes, n_rows, n_epochs
+    changes, n_rows, n_labels, n_epochs
 ):
     config = TrainConfig(**{"model_name": MINILM, **changes})
-    assert bertflask._resolve(config, n_rows).n_epochs == n_epochs
+    assert bertflask._resolve(config, n_rows, n_labels).n_epochs == n_epochs
 
 
 def test_the_same_data_parameters_and_seed_give_the_same_model_and_metrics(
