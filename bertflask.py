@@ -297,7 +297,7 @@ def _ready_checkpoint(folder: Path) -> Path:
     levels = ([path for glob in level for path in folder.glob(glob)] for level in globs)
     paths = next(filter(None, levels), [])
     if len({path.parent for path in paths}) != 1:
-        raise PretrainedError(f"not one model in {folder}: one of {_CONFIG_NAMES}")
+        raise PretrainedError(f"{folder} needs one model, with one of {_CONFIG_NAMES}")
     folder, needed = paths[0].parent, _needed_beside(paths[0])
     if missing := ", ".join(x for x in needed if not any(folder.glob(x))):
         raise PretrainedError(f"{folder} lacks {missing} (not sharded, not pickled)")
