@@ -193,23 +193,22 @@ def serve_command(*flags: str | Path) -> list[str | Path]:
 # === 3. Serve and large: bench_serve, bench_large ===
 
 PEERS = {  # and what they import
+    "hf_train": "torch, transformers, accelerate, sklearn",
     "hf_server": "torch, transformers, fastapi, uvicorn",
     "ort_server": "torch, transformers, onnx, onnxscript, onnxruntime, litserve",
 }
 CLIENTS, MORE_CLIENTS = (1, 16, 64), (128, 256)  # more: for bertflask alone
 
 
-def _peer_commands() -> dict[str, list[str | Path]]:
-    flags = ["--labels", str(N_LABELS), "--max-seq-len", str(MAX_SEQ_LEN)]
-    python, found = shlex.quote(PEERS_PYTHON), {}
-    for name, modules in PEERS.items():
-        if subprocess.getstatusoutput(f"{python} -c 'import {modules}'")[0]:
-            words = f"{name} is left out: {PEERS_PYTHON} cannot import {modules}"
-            click.echo(words, err=True)
-        else:
-            path = DATA_DIR / "peers" / f"{name}.py"
-            found[name] = [PEERS_PYTHON, path, checkpoint(), *flags]
-    return found
+def peer_command(name: str, *flags: str | Path) -> dict[str, list[str | Path]]:
+    """The peer's command under its name; nothing if its environment is missing."""
+    python, modules = shlex.quote(PEERS_PYTHON), PEERS[name]
+    if subprocess.getstatusoutput(f"{python} -c 'import {modules}'")[0]:
+        words = f"{name} is left out: {PEERS_PYTHON} cannot import {modules}"
+        click.echo(words, err=True)
+        return {}
+    path = DATA_DIR / "peers" / f"{name}.py"
+    return {name: [PEERS_PYTHON, path, checkpoint(), *flags]}
 
 
 @contextlib.contextmanager
@@ -249,7 +248,9 @@ def bench_serve(seconds: float, rounds: int) -> None:
     """Start and load all servers in turn, and print one table of medians."""
     run_dir = random_run(checkpoint())
     commands = {"bertflask": serve_command("--run", run_dir, "--cache-size", "0")}
-    commands |= _peer_commands()
+    for name in ("hf_server", "ort_server"):
+        flags = ["--labels", str(N_LABELS), "--max-seq-len", str(MAX_SEQ_LEN)]
+        commands |= peer_command(name, *flags)
     found: dict = {name: [] for name in commands}  # by server, figures of each round
     with _loader(seconds) as load:
         for _, name in itertools.product(range(rounds), commands):
@@ -387,7 +388,7 @@ def bench_int8(run_dir: Path, data: Path, rounds: int) -> None:
 
 @main.command("train")
 @click.option("--dataset", "datasets", default=DATASETS, multiple=True)
-@click.option("--epochs", default=3, help="of both; 0: bertflask's own defaults, 4")
+@click.option("--epochs", default=3, help="of both")
 @click.option("--lr", default=1e-4, help="highest learning rate of the Trainer")
 @_ROUNDS
 def bench_train(datasets: tuple, epochs: int, lr: float, rounds: int) -> None:
@@ -403,19 +404,18 @@ def bench_train(datasets: tuple, epochs: int, lr: float, rounds: int) -> None:
 
 
 def _train_commands(dataset: str, epochs: int, lr: float, seed: int) -> dict:
-    model_dir, peers, python = checkpoint(), DATA_DIR / "peers", sys.executable
     train, test = (DATA_DIR / "data" / dataset / f"{x}.csv" for x in ("train", "test"))
-    flags = f"--model-name {model_dir} --models-dir {MODELS_DIR} --seed {seed}"
-    if epochs:
-        flags += f" --validation-size 0 --batch-size 32 --n-epochs {epochs}"
-    command = [python, bertflask.__file__, "train", train, "--test", test]
+    command = [sys.executable, bertflask.__file__, "train", train, "--test", test]
+    command += ["--model-name", checkpoint(), "--models-dir"]
+    command += [MODELS_DIR / "bench" / "train"]  # not among those that are served
+    flags = f"--validation-size 0 --n-epochs {epochs} --batch-size 32 --seed {seed}"
     commands = {"bertflask": [*command, *flags.split()]}
-    flags = f"--epochs {epochs or 4} --batch-size 32 --lr {lr} --seed {seed}"
-    path = peers / "hf_train.py"
-    commands["hf_train"] = [PEERS_PYTHON, path, model_dir, train, test, *flags.split()]
+    flags = f"--epochs {epochs} --batch-size 32 --lr {lr} --seed {seed}"
+    commands |= peer_command("hf_train", train, test, *flags.split())
     if seed == 0:
-        path = peers / "recipe2020.py"
-        commands["recipe2020"] = [python, path, model_dir, train, "--limit", "128"]
+        path = DATA_DIR / "peers" / "recipe2020.py"
+        recipe = [sys.executable, path, checkpoint(), train, "--limit", "128"]
+        commands["recipe2020"] = recipe
     return commands
 
 

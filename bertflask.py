@@ -50,10 +50,13 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import click
 import numpy as np
+
+if TYPE_CHECKING:
+    import flask
 
 # === 1. Names and errors: BertFlaskError and one subclass per room that can fail ===
 
@@ -202,10 +205,9 @@ def _fetch(source: str, stage_dir: Path) -> dict[str, str]:
         line = f"{row.path} --hash=sha256:{row.sha256}"
         command = "-m pip download -qq --no-deps --only-binary :all: -r /dev/stdin -d"
         command = [sys.executable, *command.split(), str(stage_dir)]
-        done = subprocess.run(command, input=line, capture_output=True, text=True)
-        if done.returncode:
-            words = f"pip cannot fetch {row.path}: {_one_line(done.stderr)}"
-            raise DownloadError(words)
+        run = subprocess.run(command, input=line, capture_output=True, text=True)
+        if run.returncode:
+            raise DownloadError(f"pip cannot fetch {row.path}: {_one_line(run.stderr)}")
         origin, archive_path = f"pypi {row.path}", next(stage_dir.glob("*.whl"))
     elif row:
         part_path = stage_dir.with_suffix(".part")  # outside, to be continued
@@ -465,9 +467,7 @@ def check_examples(examples: Examples, test: Examples | None = None) -> list[str
         if places := [lines[i] for rows in groups for i in rows]:
             found.append(f"{len(groups)} {what}, first in lines {places[:5]}")
     if leaked := [line for line, text in zip(lines, texts) if text in tested]:
-        found.append(
-            f"{len(leaked)} texts are tested on, too, first in lines {leaked[:5]}"
-        )
+        found.append(f"{len(leaked)} texts are tested on, first in lines {leaked[:5]}")
     return found
 
 
@@ -529,21 +529,21 @@ def load_examples(
 def _read_docstrings() -> Examples:
     found: dict[str, str] = {}  # text: library
     for library in _LIBRARIES.split():
-        own_name = re.compile(rf"(?i)\w*{library.rstrip('2')}\w*")
-        texts = (" ".join(own_name.sub(" ", x).split()) for x in _paragraphs(library))
+        texts = _paragraphs(library)
         new = (x for x in texts if 6 <= len(x.split()) <= 80 and x not in found)
         rows = dict.fromkeys(itertools.islice(new, 300), library)
         found |= rows if len(rows) >= 100 else {}
     return Examples([*found], [*found.values()])
 
 
-def _paragraphs(library: str) -> Iterator[str]:
+def _paragraphs(library: str) -> Iterator[str]:  # without the library's own name
     if not (origin := getattr(importlib.util.find_spec(library), "origin", None)):
         return
     # Not the search locations: tensorflow adds more to them when it is imported.
     root = Path(origin).parent
     paths = np.random.default_rng(0).permutation(sorted(root.rglob("*.py")))
     paths = (x for x in paths if not {"test", "tests"} & {*x.relative_to(root).parts})
+    own_name = re.compile(rf"(?i)\w*{library.rstrip('2')}\w*")
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for path in paths:
         # of other people are invalid escapes and whole files that do not parse
@@ -551,7 +551,8 @@ def _paragraphs(library: str) -> Iterator[str]:
         with warnings.catch_warnings(action="ignore"), bad:
             nodes = ast.walk(ast.parse(path.read_bytes()))
             texts = (ast.get_docstring(x) or "" for x in nodes if isinstance(x, kinds))
-            yield from (re.split(r"\n\s*\n", text)[0] for text in texts)
+            texts = (re.split(r"\n\s*\n", text)[0] for text in texts)
+            yield from (" ".join(own_name.sub(" ", text).split()) for text in texts)
 
 
 # === 5. Encoding: load_tokenizer, Tokenizer, pad, batches_by_length and _by_tokens ===
@@ -979,8 +980,8 @@ def _choose_gpu(gpu: str | None) -> None:
     gpus = config.list_physical_devices("GPU")
     if gpu is not None and gpu not in map(str, range(len(gpus))):
         raise TrainingError(f"gpu is {gpu!r}, but {len(gpus)} GPUs were found")
-    for chosen in gpus[int(gpu or 0) :][:1]:
-        config.set_visible_devices(chosen, "GPU")
+    if gpus:
+        config.set_visible_devices(chosen := gpus[int(gpu or 0)], "GPU")
         config.experimental.set_memory_growth(chosen, True)
 
 
@@ -1007,13 +1008,14 @@ def _loss_and_accuracy(logits: Any, label_ids: Any) -> dict[str, Any]:
 class _Trainer:  # keeps the epoch with the best validation loss
     def __init__(self, config: TrainConfig, model: Model, log_dir: Path, *rows: _Rows):
         tf, self.config, self.model = _tensorflow(), config, model
-        self.train, self.validation = rows
+        train, self.validation = rows
         # Words in no training text stay: they take a sixth of a small model's time.
-        self.used = np.unique(np.concatenate([[0], *(ids for ids, _ in self.train)]))
+        self.used = np.unique(np.concatenate([[0], *(ids for ids, _ in train)]))
+        self.train = [(np.searchsorted(self.used, ids), y) for ids, y in train]
         words = tf.Variable(tf.gather(model.variables[_WORDS], self.used))
-        self.noisy = dataclasses.replace(model)
-        self.noisy.variables = model.variables | {_WORDS: words}
-        pairs = self.noisy.variables.items()  # to which AdamW adds two moments each
+        self.trained = dataclasses.replace(model)
+        self.trained.variables = model.variables | {_WORDS: words}
+        pairs = self.trained.variables.items()  # to which AdamW adds two moments each
         self.slots = {k: [v, tf.Variable(0 * v), tf.Variable(0 * v)] for k, v in pairs}
         self.scale = tf.Variable(2.0**15 if model.precision == "float16" else 1.0)
         ids, *rest = (tf.TensorSpec(s, tf.int32) for s in ((None, None), (None,), ()))
@@ -1030,7 +1032,7 @@ class _Trainer:  # keeps the epoch with the best validation loss
             began = time.perf_counter()
             self._epoch(epoch)
             self.seconds += time.perf_counter() - began
-            table, words = (x.variables[_WORDS] for x in (self.model, self.noisy))
+            table, words = (x.variables[_WORDS] for x in (self.model, self.trained))
             table.scatter_update(_tensorflow().IndexedSlices(words, self.used))
             if self.validation:
                 self._validate(epoch)
@@ -1050,14 +1052,13 @@ class _Trainer:  # keeps the epoch with the best validation loss
         limits = (n_steps, high, low, config.warmup_proportion)
         for batch in (bar := tqdm(batches, f"epoch {epoch}/{config.n_epochs}")):
             token_ids, label_ids = zip(*(self.train[i] for i in batch))
-            token_ids = pad([np.searchsorted(self.used, ids) for ids in token_ids])
             self.rate = learn_rate(self.step, *limits)
-            tensors = (token_ids, np.array(label_ids), self.step, self.rate)
+            tensors = (pad(token_ids), np.array(label_ids), self.step, self.rate)
             bar.set_postfix(self._record("train", self.train_step(*tensors)))
             self.step += 1
 
     def _train_step(self, token_ids: Any, label_ids: Any, step: Any, rate: Any) -> Any:
-        tf, model, scale = _tensorflow(), self.noisy, self.scale
+        tf, model, scale = _tensorflow(), self.trained, self.scale
         with tf.GradientTape() as tape:
             noisy = dataclasses.replace(model, seed=tf.stack([self.config.seed, step]))
             figures = _loss_and_accuracy(noisy.logits(token_ids), label_ids)
@@ -1212,14 +1213,15 @@ def onnx_model(config: dict, weights: dict[str, np.ndarray]) -> bytes:
 def train(config: TrainConfig, data: Data = None, test: Data = None) -> Path:
     """The folder of the finished run, from then on the latest; else a BertFlaskError.
     Without `data` it takes Stack Overflow posts, without `test` a part of `data`."""
+    _resolve(config)  # whose errors come before any data
     columns = (config.text_column, config.label_column, config.models_dir)
     rest = load_examples("stackoverflow" if data is None else data, *columns)
-    config = _resolve(config, len(rest.texts), len({*rest.labels}))
     held_out = None if test is None else load_examples(test, *columns)
     if held_out is None:
         rest, held_out = split_examples(rest, config.test_size, config.seed)
     log.info("\n".join(check_examples(rest, held_out)))
     labels = sorted({*rest.labels})
+    config = _resolve(config, len(rest.texts), len(labels))
     path = fetch_pretrained(config.model_name, config.models_dir)
     tokenizer = load_tokenizer(path)
     _choose_gpu(config.gpu)
@@ -1456,10 +1458,9 @@ class Classifier:
         found = []
         for p, cut in zip(rows, truncated):
             best = np.argsort(-p, kind="stable")[:top_k]
-            ranks = [
-                {"label": self.labels[i], "probability": float(p[i])} for i in best
-            ]
-            found.append(Prediction(*ranks[0].values(), cut, ranks, self.name))
+            pairs = [(self.labels[i], float(p[i])) for i in best]
+            ranks = [{"label": x, "probability": share} for x, share in pairs]
+            found.append(Prediction(*pairs[0], cut, ranks, self.name))
         return found
 
 
@@ -1566,11 +1567,10 @@ class Batcher:
             waiting = [job for job in self._open.values() if job.n_waiting]
             waiting.sort(key=lambda job: job.due)
             self._open = {job.key: job for job in waiting}
-            self.n_tokens = sum(len(job.token_ids) for job in waiting)
             same = [job for job in waiting if job.key[0] is waiting[0].key[0]]
             batches = batches_by_tokens([len(x.token_ids) for x in same], _BATCH_TOKENS)
             batch = [same[row] for rows in batches if 0 in rows for row in rows]
-            self.n_tokens -= sum(len(job.token_ids) for job in batch)
+            self.n_tokens = sum(len(x.token_ids) for x in {*waiting} - {*batch})
             return batch
 
     def _run(self, batch: list[_Job]) -> None:
@@ -1613,7 +1613,7 @@ class Batcher:
 # === 12. HTTP: ServeConfig, create_app, serve ===
 
 _OPEN_PATHS = ("/health_check", "/readyz", "/metrics")
-_DEADLINE = "X-Request-Deadline-Ms"
+_DEADLINE, _BACKLOG = "X-Request-Deadline-Ms", 2048  # connections not yet accepted
 
 
 @dataclass(frozen=True)
@@ -1636,7 +1636,7 @@ class ServeConfig:
     trusted_proxies: int = _field("proxies with X-Forwarded-For", 0, within=(0, None))
 
 
-def create_app(classifier: Any, **limits: Any) -> flask.Flask:  # noqa: F821
+def create_app(classifier: Any, **limits: Any) -> flask.Flask:
     """A Flask application on a Classifier or its like, with fields of ServeConfig."""
     return _Api(classifier, ServeConfig(**limits)).app
 
@@ -1760,7 +1760,7 @@ class _Api:
         parts = {"code": error.code, "message": str(error), "field": error.field}
         return {"error": parts}, error.status, headers
 
-    def log(self, response: Any) -> Any:
+    def log(self, response: flask.Response) -> flask.Response:
         request, status = self.request, response.status_code
         seconds, route = time.monotonic() - request.started, str(request.url_rule)
         self.metrics.requests.labels(route, status).inc()
@@ -1790,7 +1790,7 @@ def serve(config: ServeConfig, run_dir: str | None, models_dir: str) -> None:
     Raises ServerError if it cannot listen; in its child, ArtifactError on a bad run."""
     place = f"{config.host} port {config.port}"
     with _raising(ServerError, f"cannot listen on {place}: give another --port"):
-        listener = socket.create_server((config.host, config.port), backlog=2048)
+        listener = socket.create_server((config.host, config.port), backlog=_BACKLOG)
     ready, child = mmap.mmap(-1, 1), 0  # ready: shared by the processes
 
     def pass_on(number: int, _: Any) -> None:
@@ -1849,7 +1849,7 @@ def _drain(api: _Api, server: Any, turn: Callable) -> None:
     end = time.monotonic() + api.config.drain_delay
     while time.monotonic() < end:
         turn()
-    for _ in range(2048):
+    for _ in range(_BACKLOG):
         server.handle_accept()  # whom the kernel has let in
     server.socket.shutdown(socket.SHUT_RDWR)  # for the first process, too
     server.del_channel()
