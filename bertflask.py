@@ -953,6 +953,7 @@ class TrainConfig:
     validation_size: float = _field("share of the rest", 0.1, within=(0, 0.9))
     gpu: str | None = _field("index of the GPU", None, "the first, if any")
     precision: str = _field("of matrix products", "float32", choices=_PRECISIONS)
+    checkpoint_minutes: float = _field("between checkpoints", 10.0, within=(0, 1e6))
     models_dir: str = _field("folder of pretrained and trained models", "models")
 
 
@@ -985,28 +986,8 @@ def _choose_gpu(gpu: str | None) -> None:
         config.experimental.set_memory_growth(chosen, True)
 
 
-def _adam_w(slots: dict, gradients: list, step: Any, rate: Any) -> None:
-    """AdamW (Loshchilov & Hutter 2019), bias-corrected; steps count from 0."""
-    tf = _tensorflow()
-    n = tf.cast(step + 1, tf.float32)
-    for (name, (var, m, v)), gradient in zip(slots.items(), gradients):
-        if not name.endswith(("bias", "gamma", "beta")):
-            var.assign_sub(rate * 0.01 * var)  # weight decay
-        tf.raw_ops.ResourceApplyAdam(
-            var=var.handle, m=m.handle, v=v.handle, grad=gradient, epsilon=1e-6,
-            beta1=0.9, beta2=0.999, beta1_power=0.9**n, beta2_power=0.999**n, lr=rate,
-        )  # fmt: skip
-
-
-def _loss_and_accuracy(logits: Any, label_ids: Any) -> dict[str, Any]:
-    tf = _tensorflow()
-    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(label_ids, logits)
-    right = tf.cast(tf.argmax(logits, -1, tf.int32) == label_ids, tf.float32)
-    return {"loss": tf.reduce_mean(losses), "accuracy": tf.reduce_mean(right)}
-
-
-class _Trainer:  # keeps the epoch with the best validation loss
-    def __init__(self, config: TrainConfig, model: Model, log_dir: Path, *rows: _Rows):
+class _Trainer:  # goes on from the run's last checkpoint, if there is one
+    def __init__(self, config: TrainConfig, model: Model, run_dir: Path, *rows: _Rows):
         tf, self.config, self.model = _tensorflow(), config, model
         train, self.validation = rows
         # Words in no training text stay: they take a sixth of a small model's time.
@@ -1015,69 +996,109 @@ class _Trainer:  # keeps the epoch with the best validation loss
         words = tf.Variable(tf.gather(model.variables[_WORDS], self.used))
         self.trained = dataclasses.replace(model)
         self.trained.variables = model.variables | {_WORDS: words}
-        pairs = self.trained.variables.items()  # to which AdamW adds two moments each
-        self.slots = {k: [v, tf.Variable(0 * v), tf.Variable(0 * v)] for k, v in pairs}
         self.scale = tf.Variable(2.0**15 if model.precision == "float16" else 1.0)
+        self.adam = tf.keras.optimizers.legacy.Adam(epsilon=1e-6)  # a fused kernel
+        self._adam_w([tf.zeros_like(v) for v in self.trained.variables.values()])
+        self.adam.iterations.assign(0)  # its moments are there now, to be restored
         ids, *rest = (tf.TensorSpec(s, tf.int32) for s in ((None, None), (None,), ()))
         compiled = functools.partial(tf.function, autograph=False)  # once for all sizes
-        self.train_step = compiled(self._train_step, [ids, *rest, tf.TensorSpec(())])
+        self.train_step = compiled(self._train_step, [ids, *rest])
         self.logits = compiled(model.logits, [ids])
         writer, parts = tf.summary.create_file_writer, ("train", "validation")
-        self.writers = {part: writer(str(log_dir / part)) for part in parts}
-        self.step, self.rate, self.seconds, self.best = 0, 0.0, 0.0, (math.inf, {})
+        self.writers = {part: writer(str(run_dir / part)) for part in parts}
+        self.best = {name: tf.Variable(v) for name, v in model.variables.items()}
+        self.numbers = tf.Variable([0, 0, math.inf], dtype="float64")
+        state = {"adam": self.adam, "trained": words, "variables": model.variables}
+        state |= {"scale": self.scale, "best": self.best, "numbers": self.numbers}
+        state = tf.train.Checkpoint(**state)
+        self.checkpoints = tf.train.CheckpointManager(state, run_dir / "checkpoint", 1)
+        state.restore(self.checkpoints.latest_checkpoint)
+        step, self.seconds, self.best_loss = map(float, self.numbers)
+        self.step, self.rate, self.saved = int(step), 0.0, time.monotonic()
 
     def fit(self) -> dict:
         """Trains and gives its speed; without validation the last epoch is kept."""
-        for epoch in range(1, self.config.n_epochs + 1):
-            began = time.perf_counter()
+        config, n, n_epochs = self.config, len(self.train), self.config.n_epochs
+        for epoch in range(self.step // -(-n // config.batch_size) + 1, n_epochs + 1):
             self._epoch(epoch)
-            self.seconds += time.perf_counter() - began
-            table, words = (x.variables[_WORDS] for x in (self.model, self.trained))
-            table.scatter_update(_tensorflow().IndexedSlices(words, self.used))
+            words = (self.trained.variables[_WORDS], self.used)
+            self.model.variables[_WORDS].scatter_update(
+                _tensorflow().IndexedSlices(*words)
+            )
             if self.validation:
                 self._validate(epoch)
-        for name, array in self.best[1].items():
-            self.model.variables[name].assign(array)
-        speed = self.config.n_epochs * len(self.train) / self.seconds
+            self._save()
+        if self.best_loss < math.inf:
+            self._copy(self.best, self.model.variables)
+        speed = n_epochs * n / self.seconds
         return {"train_texts_per_s": speed, "train_seconds": self.seconds}
 
     def _epoch(self, epoch: int) -> None:
         from tqdm import tqdm
 
         config, rng = self.config, np.random.default_rng([self.config.seed, epoch - 1])
-        lengths = [len(ids) for ids, _ in self.train]
+        began, lengths = time.perf_counter(), [len(ids) for ids, _ in self.train]
         batches = batches_by_length(lengths, config.batch_size, rng)
         n_steps, high = config.n_epochs * len(batches), config.max_learn_rate
         low = high if config.schedule == "constant" else config.min_learn_rate
         limits = (n_steps, high, low, config.warmup_proportion)
+        batches = batches[self.step % len(batches) :]
         for batch in (bar := tqdm(batches, f"epoch {epoch}/{config.n_epochs}")):
+            if time.monotonic() - self.saved > 60 * config.checkpoint_minutes:
+                self._save()
             token_ids, label_ids = zip(*(self.train[i] for i in batch))
-            self.rate = learn_rate(self.step, *limits)
-            tensors = (pad(token_ids), np.array(label_ids), self.step, self.rate)
-            bar.set_postfix(self._record("train", self.train_step(*tensors)))
-            self.step += 1
+            self.adam.learning_rate = self.rate = learn_rate(self.step, *limits)
+            figures = self.train_step(pad(token_ids), np.array(label_ids), self.step)
+            bar.set_postfix(self._record("train", figures))
+            self.step, now = self.step + 1, time.perf_counter()
+            self.seconds, began = self.seconds + now - began, now
 
-    def _train_step(self, token_ids: Any, label_ids: Any, step: Any, rate: Any) -> Any:
+    def _train_step(self, token_ids: Any, label_ids: Any, step: Any) -> Any:
         tf, model, scale = _tensorflow(), self.trained, self.scale
         with tf.GradientTape() as tape:
             noisy = dataclasses.replace(model, seed=tf.stack([self.config.seed, step]))
-            figures = _loss_and_accuracy(noisy.logits(token_ids), label_ids)
+            figures = self._loss_and_accuracy(noisy.logits(token_ids), label_ids)
         gradients = tape.gradient(figures["loss"], [*model.variables.values()], scale)
         gradients = [tf.convert_to_tensor(gradient) / scale for gradient in gradients]
         gradients, norm = tf.clip_by_global_norm(gradients, CLIP_NORM)
         fine = tf.math.is_finite(norm) | (model.precision != "float16")  # else no step
         if model.precision == "float16":
             scale.assign(tf.where(fine, tf.minimum(scale * 1.0005, 2.0**24), scale / 2))
-        tf.cond(fine, lambda: _adam_w(self.slots, gradients, step, rate), lambda: None)
+        tf.cond(fine, lambda: self._adam_w(gradients), lambda: None)
         return figures
+
+    def _loss_and_accuracy(self, logits: Any, label_ids: Any) -> dict[str, Any]:
+        tf = _tensorflow()
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(label_ids, logits)
+        right = tf.cast(tf.argmax(logits, -1, tf.int32) == label_ids, tf.float32)
+        return {"loss": tf.reduce_mean(losses), "accuracy": tf.reduce_mean(right)}
+
+    def _adam_w(self, gradients: list) -> None:
+        """AdamW (Loshchilov & Hutter 2019), bias-corrected."""
+        for name, variable in self.trained.variables.items():
+            if not name.endswith(("bias", "gamma", "beta")):
+                variable.assign_sub(self.adam.learning_rate * 0.01 * variable)
+        self.adam.apply_gradients(zip(gradients, self.trained.variables.values()))
+
+    def _copy(self, source: dict, target: dict) -> None:
+        for name, variable in source.items():
+            target[name].assign(variable)
+
+    def _save(self) -> None:
+        self.numbers.assign([self.step, self.seconds, self.best_loss])
+        words = "no checkpoint; make room, then train --resume goes on from the last"
+        with _raising(TrainingError, words):
+            self.checkpoints.save()
+        self.saved = time.monotonic()
 
     def _validate(self, epoch: int) -> None:
         token_ids, label_ids = zip(*self.validation)
-        figures = _loss_and_accuracy(self.predict(token_ids), label_ids)
+        figures = self._loss_and_accuracy(self.predict(token_ids), label_ids)
         figures = self._record("validation", figures)
         log.info("epoch %d: validation %s", epoch, figures)
-        if figures["loss"] < self.best[0]:
-            self.best = figures["loss"], self.model.weights()
+        if figures["loss"] < self.best_loss:
+            self.best_loss = figures["loss"]
+            self._copy(self.model.variables, self.best)
 
     def predict(self, token_ids: Sequence[np.ndarray]) -> np.ndarray:
         batches = batches_by_tokens([len(ids) for ids in token_ids], 8192)
@@ -1132,6 +1153,7 @@ def plot_confusion_matrix(true: list[str], predicted: list[str], path: Path) -> 
 # === 10. Artifact: onnx_model, train, find_run ===
 
 Data = str | Path | Examples | None  # a file, a built-in source's name or the rows
+_START = "checkpoint/start.json"  # parameters and rows of a run that is not finished
 FORMAT, LATEST = 1, "latest_model_config.json"  # of config.json; names the run served
 _VOCAB_NAMES = {"bert": "vocab.txt", "albert": "30k-clean.model"}
 _SERVED_FILES = ("model.onnx", "golden.json")  # and the vocabulary
@@ -1170,17 +1192,16 @@ _ONNX_PROJECTION = """
   x0 = Add (wider, "embeddings/word_embeddings_projector/bias")"""
 _ONNX_LAYER = """
   rows{i} = Identity (x{i})
-  q{i} = MatMul (rows{i}, "{layer}/attention/self/query/kernel")
-  k{i} = MatMul (x{i}, "{layer}/attention/self/key/kernel")
-  v{i} = MatMul (x{i}, "{layer}/attention/self/value/kernel")
-  bias{i} = Concat <axis = 0> ("{layer}/attention/self/query/bias",
-    "{layer}/attention/self/key/bias", "{layer}/attention/self/value/bias")
+  q{i} = MatMul (rows{i}, "{own}/query/kernel")
+  k{i} = MatMul (x{i}, "{own}/key/kernel")
+  v{i} = MatMul (x{i}, "{own}/value/kernel")
+  bias{i} = Concat <axis = 0> ("{own}/query/bias", "{own}/key/bias", "{own}/value/bias")
   mixed{i} = com.microsoft.MultiHeadAttention <num_heads = {num_attention_heads}>
     (q{i}, k{i}, v{i}, bias{i}, mask)
-  found{i} = MatMul (mixed{i}, "{layer}/attention/output/dense/kernel")
+  found{i} = MatMul (mixed{i}, "{out}/dense/kernel")
   y{i} = com.microsoft.SkipLayerNormalization <epsilon = {layer_norm_eps}>
-    (found{i}, rows{i}, "{layer}/attention/output/LayerNorm/gamma",
-    "{layer}/attention/output/LayerNorm/beta", "{layer}/attention/output/dense/bias")
+    (found{i}, rows{i}, "{out}/LayerNorm/gamma", "{out}/LayerNorm/beta",
+    "{out}/dense/bias")
   wide{i} = MatMul (y{i}, "{layer}/intermediate/kernel")
   active{i} = com.microsoft.{gelu} (wide{i}, "{layer}/intermediate/bias")
   narrow{i} = MatMul (active{i}, "{layer}/output/dense/kernel")
@@ -1201,9 +1222,10 @@ def onnx_model(config: dict, weights: dict[str, np.ndarray]) -> bytes:
     for i in range(config["num_hidden_layers"]):
         layer = f"encoder/layer_{i if is_bert else 'shared'}"
         config |= {"i": i, "next_i": i + 1, "layer": layer}
+        config |= {"own": f"{layer}/attention/self", "out": f"{layer}/attention/output"}
         config["layers"] += _ONNX_LAYER.format_map(config)
-    graph = _ONNX_GRAPH.format_map(config)
-    graph = graph.replace(f"Identity (x{i})", f"Gather <axis = 1> (x{i}, first)")
+    cls_row = (f"Identity (x{i})", f"Gather <axis = 1> (x{i}, first)")
+    graph = _ONNX_GRAPH.format_map(config).replace(*cls_row)
     model = parser.parse_model(graph)
     arrays = [numpy_helper.from_array(weights[name], name) for name in sorted(weights)]
     model.graph.initializer.extend(arrays)
@@ -1220,8 +1242,24 @@ def train(config: TrainConfig, data: Data = None, test: Data = None) -> Path:
     if held_out is None:
         rest, held_out = split_examples(rest, config.test_size, config.seed)
     log.info("\n".join(check_examples(rest, held_out)))
+    config = _resolve(config, len(rest.texts), len({*rest.labels}))
+    return _train(config, rest, held_out, None)
+
+
+def resume(run_dir: str | Path | None = None, models_dir: str = "models") -> Path:
+    """As `train`, on with an unfinished run, by default the latest, to the same end as
+    if it had never stopped; TrainingError if there is none."""
+    found = sorted(Path(models_dir, "trained").glob(f"*.unfinished/{_START}"))
+    if not (found or run_dir):
+        raise TrainingError(f"{models_dir} has no unfinished run; train without resume")
+    run_dir = Path(run_dir or found[-1].parents[1])
+    start = _read_object(run_dir / _START, TrainingError)
+    rest, held_out = Examples(**start["rest"]), Examples(**start["held_out"])
+    return _train(TrainConfig(**start["config"]), rest, held_out, run_dir)
+
+
+def _train(config: TrainConfig, rest, held_out, run_dir: Path | None) -> Path:
     labels = sorted({*rest.labels})
-    config = _resolve(config, len(rest.texts), len(labels))
     path = fetch_pretrained(config.model_name, config.models_dir)
     tokenizer = load_tokenizer(path)
     _choose_gpu(config.gpu)
@@ -1233,17 +1271,22 @@ def train(config: TrainConfig, data: Data = None, test: Data = None) -> Path:
     encode = functools.partial(tokenizer.encode, max_seq_len=config.max_seq_len)
     parts = split_examples(rest, config.validation_size, config.seed)
     rows = [[*zip(encode(x.texts), map(labels.index, x.labels))] for x in parts]
-    run_dir = _make_run_dir(config)
-    trainer = _Trainer(config, model, run_dir, *rows)
-    metrics = trainer.fit() | {"accuracy": None, "macro_f1": None}
-    if held_out.texts:
-        best = trainer.predict(encode(held_out.texts)).argmax(-1)
-        pair = (held_out.labels, [labels[i] for i in best])
-        plot_confusion_matrix(*pair, run_dir / "confusion_matrix.png")
-        metrics |= evaluate_predictions(*pair)
-    _write_json(run_dir / "metrics.json", metrics)
-    manifest = _manifest(run_dir, config, labels, rest, metrics)
-    return _finish(run_dir, model, tokenizer, manifest)
+    if run_dir is None:
+        run_dir = _make_run_dir(config)
+        start = {"config": vars(config), "rest": vars(rest), "held_out": vars(held_out)}
+        _write_json(run_dir / _START, start)
+    with (run_dir / _START).open() as lock_file:
+        with _raising(TrainingError, f"{run_dir} is in training; wait, or stop it"):
+            fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        trainer = _Trainer(config, model, run_dir, *rows)
+        metrics = trainer.fit() | {"accuracy": None, "macro_f1": None}
+        if held_out.texts:
+            best = trainer.predict(encode(held_out.texts)).argmax(-1)
+            pair = (held_out.labels, [labels[i] for i in best])
+            plot_confusion_matrix(*pair, run_dir / "confusion_matrix.png")
+            metrics |= evaluate_predictions(*pair)
+        _write_json(run_dir / "metrics.json", metrics)
+        return _finish(run_dir, model, tokenizer, config, rest, metrics)
 
 
 def _make_run_dir(config: TrainConfig) -> Path:
@@ -1251,31 +1294,26 @@ def _make_run_dir(config: TrainConfig) -> Path:
     name = path.resolve().name if path.exists() else str(path).replace("/", "--")
     run_dir = Path(config.models_dir, "trained", f"{stamp}_{name}.unfinished")
     with contextlib.suppress(FileExistsError):
-        run_dir.mkdir(parents=True)
+        run_dir.joinpath(_START).parent.mkdir(parents=True)
         return run_dir
     time.sleep(0.2)  # the second is taken by another run
     return _make_run_dir(config)
 
 
-def _manifest(run_dir: Path, config: TrainConfig, labels, examples, metrics) -> dict:
-    made = time.strptime(run_dir.name[:14], "%Y%m%d%H%M%S")
-    digest = hashlib.sha256(json.dumps([examples.texts, examples.labels]).encode())
-    return {
-        "format": FORMAT,
-        **dataclasses.asdict(config),
-        "labels": labels,
-        "trained_at": time.strftime("%Y-%m-%d %H:%M:%S", made),
-        "metrics": {key: metrics[key] for key in ("accuracy", "macro_f1")},
-        "data": {"n": len(examples.texts), "sha256": digest.hexdigest()},
-        "versions": {x: version(x) for x in _PACKAGES} | {"bertflask": __version__},
-    }
-
-
-def _finish(run_dir: Path, model: Model, tokenizer: Tokenizer, manifest: dict) -> Path:
+def _finish(run_dir: Path, model: Model, tokenizer, config, rest, metrics) -> Path:
     import h5py
 
     sizes, kind, weights = model.config, model.config["model_type"], model.weights()
-    manifest |= {"model_type": kind, "do_lower_case": tokenizer.do_lower_case}
+    made = time.strptime(run_dir.name[:14], "%Y%m%d%H%M%S")
+    digest = hashlib.sha256(json.dumps([rest.texts, rest.labels]).encode())
+    manifest = {"format": FORMAT, "model_type": kind, **vars(config)}
+    manifest["do_lower_case"] = tokenizer.do_lower_case
+    manifest["labels"] = sorted({*rest.labels})
+    manifest["trained_at"] = time.strftime("%Y-%m-%d %H:%M:%S", made)
+    manifest["metrics"] = {key: metrics[key] for key in ("accuracy", "macro_f1")}
+    manifest["data"] = {"n": len(rest.texts), "sha256": digest.hexdigest()}
+    manifest["versions"] = {x: version(x) for x in _PACKAGES}
+    manifest["versions"]["bertflask"] = __version__
     vocab = shutil.copyfile(tokenizer.vocab_path, run_dir / _VOCAB_NAMES[kind])
     _write_json(run_dir / f"{kind}_config.json", sizes)
     with h5py.File(run_dir / "model.weights.h5", "w") as file:
@@ -1294,6 +1332,7 @@ def _finish(run_dir: Path, model: Model, tokenizer: Tokenizer, manifest: dict) -
     latest = {key: manifest[key] for key in ("model_type", "max_seq_len")}
     latest["model_dir"] = f"trained/{final_dir.name}"
     _write_json(final_dir.parent.with_name(LATEST), latest)
+    shutil.rmtree(final_dir / "checkpoint")
     return final_dir
 
 
@@ -1773,6 +1812,35 @@ class _Api:
         log.getChild("requests").info(json.dumps(entry))
         return response
 
+    def watch(self, load: Callable, latest: Path) -> None:
+        while True:
+            time.sleep(1)
+            if (now := latest.is_file() and latest.read_bytes()) != self.seen:
+                self.seen = now
+                try:
+                    self.model.swap(load())
+                    self.reload_error = None
+                except Exception as error:
+                    self.reload_error = _one_line(error)
+                    log.error("%s goes on: %s", self.model.name, self.reload_error)
+                self.metrics.reloads.labels(self.reload_error or "done").inc()
+
+    def drain(self, server: Any, turn: Callable) -> None:
+        end = time.monotonic() + self.config.drain_delay
+        while time.monotonic() < end:
+            turn()
+        for _ in range(_BACKLOG):
+            server.handle_accept()  # whom the kernel has let in
+        server.socket.shutdown(socket.SHUT_RDWR)  # for the first process, too
+        server.del_channel()
+        end = time.monotonic() + self.config.deadline + 5  # to send the last answers
+        while server.active_channels and time.monotonic() < end:
+            turn()
+            for channel in [*server.active_channels.values()]:
+                is_new = time.time() - channel.last_activity < 0.5
+                if not (channel.requests or channel.total_outbufs_len or is_new):
+                    channel.will_close = True
+
 
 @functools.cache
 def _body(config: ServeConfig, n_labels: int) -> Any:
@@ -1834,46 +1902,15 @@ def _serve_here(listener, ready, config, run_dir, models_dir) -> None:
     signal.signal(signal.SIGHUP, lambda *_: setattr(api, "seen", None))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: setattr(api, "draining", True))
-    threading.Thread(target=_watch, args=(api, load, latest), daemon=True).start()
+    threading.Thread(target=api.watch, args=(load, latest), daemon=True).start()
     ready[0] = 1
     url = "http://{}:{}".format(*listener.getsockname())
     curl = f"""curl {url}/predict -d '{{"x": ["a text"]}}'"""
     log.info("ready: %s serves %s; try: %s", url, api.model.name, curl)
     while not api.draining:
         turn()
-    _drain(api, server, turn)
+    api.drain(server, turn)
     os._exit(0)  # whatever other threads do
-
-
-def _drain(api: _Api, server: Any, turn: Callable) -> None:
-    end = time.monotonic() + api.config.drain_delay
-    while time.monotonic() < end:
-        turn()
-    for _ in range(_BACKLOG):
-        server.handle_accept()  # whom the kernel has let in
-    server.socket.shutdown(socket.SHUT_RDWR)  # for the first process, too
-    server.del_channel()
-    end = time.monotonic() + api.config.deadline + 5  # to send the last answers
-    while server.active_channels and time.monotonic() < end:
-        turn()
-        for channel in [*server.active_channels.values()]:
-            is_new = time.time() - channel.last_activity < 0.5
-            if not (channel.requests or channel.total_outbufs_len or is_new):
-                channel.will_close = True
-
-
-def _watch(api: _Api, load: Callable, latest: Path) -> None:
-    while True:
-        time.sleep(1)
-        if (now := latest.is_file() and latest.read_bytes()) != api.seen:
-            api.seen = now
-            try:
-                api.model.swap(load())
-                api.reload_error = None
-            except Exception as error:
-                api.reload_error = _one_line(error)
-                log.error("%s goes on: %s", api.model.name, api.reload_error)
-            api.metrics.reloads.labels(api.reload_error or "done").inc()
 
 
 # === 13. Command line: main ===
@@ -1930,9 +1967,19 @@ def _check_command(data: str, test: str | None, strict: bool, **place) -> int:
 @_command("train texts.csv --n-epochs 3", "", *TrainConfig.__annotations__)
 @click.argument("data", required=False)
 @click.option("--test", metavar="FILE", help="test on it, not on a share of DATA")
-def _train_command(data: str | None, test: str | None, **parameters: Any) -> None:
+@click.option("--resume", "run", is_flag=False, flag_value="", metavar="[RUN]",
+              help="go on with RUN, or the latest unfinished one")  # fmt: skip
+def _train_command(data, test, run: str | None, **parameters: Any) -> None:
     """Fine-tune on DATA, a CSV or TSV file or docstrings.  [default: stackoverflow]"""
-    run_dir = train(TrainConfig(**parameters), data, test)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    config = TrainConfig(**parameters)
+    as_begun = (None, None, TrainConfig(models_dir=config.models_dir))
+    if run is not None and (data, test, config) != as_begun:
+        raise TrainingError("--resume goes on as the run began: give nothing else")
+    if run is None:
+        run_dir = train(config, data, test)
+    else:
+        run_dir = resume(run, config.models_dir)
     metrics = json.loads((run_dir / "metrics.json").read_text("utf-8"))
     keys = ("accuracy", "macro_f1", "train_texts_per_s", "train_seconds")
     click.echo(json.dumps({"run_dir": str(run_dir)} | {x: metrics[x] for x in keys}))
