@@ -953,7 +953,6 @@ class TrainConfig:
     validation_size: float = _field("share of the rest", 0.1, within=(0, 0.9))
     gpu: str | None = _field("index of the GPU", None, "the first, if any")
     precision: str = _field("of matrix products", "float32", choices=_PRECISIONS)
-    checkpoint_minutes: float = _field("between checkpoints", 10.0, within=(0, 1e6))
     models_dir: str = _field("folder of pretrained and trained models", "models")
 
 
@@ -986,8 +985,8 @@ def _choose_gpu(gpu: str | None) -> None:
         config.experimental.set_memory_growth(chosen, True)
 
 
-class _Trainer:  # goes on from the run's last checkpoint, if there is one
-    def __init__(self, config: TrainConfig, model: Model, run_dir: Path, *rows: _Rows):
+class _Trainer:  # keeps the epoch with the best validation loss
+    def __init__(self, config: TrainConfig, model: Model, log_dir: Path, *rows: _Rows):
         tf, self.config, self.model = _tensorflow(), config, model
         train, self.validation = rows
         # Words in no training text stay: they take a sixth of a small model's time.
@@ -998,60 +997,46 @@ class _Trainer:  # goes on from the run's last checkpoint, if there is one
         self.trained.variables = model.variables | {_WORDS: words}
         self.scale = tf.Variable(2.0**15 if model.precision == "float16" else 1.0)
         self.adam = tf.keras.optimizers.legacy.Adam(epsilon=1e-6)  # a fused kernel
-        self._adam_w([tf.zeros_like(v) for v in self.trained.variables.values()])
-        self.adam.iterations.assign(0)  # its moments are there now, to be restored
         ids, *rest = (tf.TensorSpec(s, tf.int32) for s in ((None, None), (None,), ()))
         compiled = functools.partial(tf.function, autograph=False)  # once for all sizes
         self.train_step = compiled(self._train_step, [ids, *rest])
         self.logits = compiled(model.logits, [ids])
         writer, parts = tf.summary.create_file_writer, ("train", "validation")
-        self.writers = {part: writer(str(run_dir / part)) for part in parts}
-        self.best = {name: tf.Variable(v) for name, v in model.variables.items()}
-        self.numbers = tf.Variable([0, 0, math.inf], dtype="float64")
-        state = {"adam": self.adam, "trained": words, "variables": model.variables}
-        state |= {"scale": self.scale, "best": self.best, "numbers": self.numbers}
-        state = tf.train.Checkpoint(**state)
-        self.checkpoints = tf.train.CheckpointManager(state, run_dir / "checkpoint", 1)
-        state.restore(self.checkpoints.latest_checkpoint)
-        step, self.seconds, self.best_loss = map(float, self.numbers)
-        self.step, self.rate, self.saved = int(step), 0.0, time.monotonic()
+        self.writers = {part: writer(str(log_dir / part)) for part in parts}
+        self.step, self.rate, self.seconds, self.best = 0, 0.0, 0.0, (math.inf, {})
 
     def fit(self) -> dict:
         """Trains and gives its speed; without validation the last epoch is kept."""
-        config, n, n_epochs = self.config, len(self.train), self.config.n_epochs
-        for epoch in range(self.step // -(-n // config.batch_size) + 1, n_epochs + 1):
+        for epoch in range(1, self.config.n_epochs + 1):
+            began = time.perf_counter()
             self._epoch(epoch)
+            self.seconds += time.perf_counter() - began
             words = (self.trained.variables[_WORDS], self.used)
             self.model.variables[_WORDS].scatter_update(
                 _tensorflow().IndexedSlices(*words)
             )
             if self.validation:
                 self._validate(epoch)
-            self._save()
-        if self.best_loss < math.inf:
-            self._copy(self.best, self.model.variables)
-        speed = n_epochs * n / self.seconds
+        for name, array in self.best[1].items():
+            self.model.variables[name].assign(array)
+        speed = self.config.n_epochs * len(self.train) / self.seconds
         return {"train_texts_per_s": speed, "train_seconds": self.seconds}
 
     def _epoch(self, epoch: int) -> None:
         from tqdm import tqdm
 
         config, rng = self.config, np.random.default_rng([self.config.seed, epoch - 1])
-        began, lengths = time.perf_counter(), [len(ids) for ids, _ in self.train]
+        lengths = [len(ids) for ids, _ in self.train]
         batches = batches_by_length(lengths, config.batch_size, rng)
         n_steps, high = config.n_epochs * len(batches), config.max_learn_rate
         low = high if config.schedule == "constant" else config.min_learn_rate
         limits = (n_steps, high, low, config.warmup_proportion)
-        batches = batches[self.step % len(batches) :]
         for batch in (bar := tqdm(batches, f"epoch {epoch}/{config.n_epochs}")):
-            if time.monotonic() - self.saved > 60 * config.checkpoint_minutes:
-                self._save()
             token_ids, label_ids = zip(*(self.train[i] for i in batch))
             self.adam.learning_rate = self.rate = learn_rate(self.step, *limits)
             figures = self.train_step(pad(token_ids), np.array(label_ids), self.step)
             bar.set_postfix(self._record("train", figures))
-            self.step, now = self.step + 1, time.perf_counter()
-            self.seconds, began = self.seconds + now - began, now
+            self.step += 1
 
     def _train_step(self, token_ids: Any, label_ids: Any, step: Any) -> Any:
         tf, model, scale = _tensorflow(), self.trained, self.scale
@@ -1080,25 +1065,13 @@ class _Trainer:  # goes on from the run's last checkpoint, if there is one
                 variable.assign_sub(self.adam.learning_rate * 0.01 * variable)
         self.adam.apply_gradients(zip(gradients, self.trained.variables.values()))
 
-    def _copy(self, source: dict, target: dict) -> None:
-        for name, variable in source.items():
-            target[name].assign(variable)
-
-    def _save(self) -> None:
-        self.numbers.assign([self.step, self.seconds, self.best_loss])
-        words = "no checkpoint; make room, then train --resume goes on from the last"
-        with _raising(TrainingError, words):
-            self.checkpoints.save()
-        self.saved = time.monotonic()
-
     def _validate(self, epoch: int) -> None:
         token_ids, label_ids = zip(*self.validation)
         figures = self._loss_and_accuracy(self.predict(token_ids), label_ids)
         figures = self._record("validation", figures)
         log.info("epoch %d: validation %s", epoch, figures)
-        if figures["loss"] < self.best_loss:
-            self.best_loss = figures["loss"]
-            self._copy(self.model.variables, self.best)
+        if figures["loss"] < self.best[0]:
+            self.best = figures["loss"], self.model.weights()
 
     def predict(self, token_ids: Sequence[np.ndarray]) -> np.ndarray:
         batches = batches_by_tokens([len(ids) for ids in token_ids], 8192)
@@ -1153,7 +1126,6 @@ def plot_confusion_matrix(true: list[str], predicted: list[str], path: Path) -> 
 # === 10. Artifact: onnx_model, train, find_run ===
 
 Data = str | Path | Examples | None  # a file, a built-in source's name or the rows
-_START = "checkpoint/start.json"  # parameters and rows of a run that is not finished
 FORMAT, LATEST = 1, "latest_model_config.json"  # of config.json; names the run served
 _VOCAB_NAMES = {"bert": "vocab.txt", "albert": "30k-clean.model"}
 _SERVED_FILES = ("model.onnx", "golden.json")  # and the vocabulary
@@ -1242,24 +1214,8 @@ def train(config: TrainConfig, data: Data = None, test: Data = None) -> Path:
     if held_out is None:
         rest, held_out = split_examples(rest, config.test_size, config.seed)
     log.info("\n".join(check_examples(rest, held_out)))
-    config = _resolve(config, len(rest.texts), len({*rest.labels}))
-    return _train(config, rest, held_out, None)
-
-
-def resume(run_dir: str | Path | None = None, models_dir: str = "models") -> Path:
-    """As `train`, on with an unfinished run, by default the latest, to the same end as
-    if it had never stopped; TrainingError if there is none."""
-    found = sorted(Path(models_dir, "trained").glob(f"*.unfinished/{_START}"))
-    if not (found or run_dir):
-        raise TrainingError(f"{models_dir} has no unfinished run; train without resume")
-    run_dir = Path(run_dir or found[-1].parents[1])
-    start = _read_object(run_dir / _START, TrainingError)
-    rest, held_out = Examples(**start["rest"]), Examples(**start["held_out"])
-    return _train(TrainConfig(**start["config"]), rest, held_out, run_dir)
-
-
-def _train(config: TrainConfig, rest, held_out, run_dir: Path | None) -> Path:
     labels = sorted({*rest.labels})
+    config = _resolve(config, len(rest.texts), len(labels))
     path = fetch_pretrained(config.model_name, config.models_dir)
     tokenizer = load_tokenizer(path)
     _choose_gpu(config.gpu)
@@ -1271,22 +1227,16 @@ def _train(config: TrainConfig, rest, held_out, run_dir: Path | None) -> Path:
     encode = functools.partial(tokenizer.encode, max_seq_len=config.max_seq_len)
     parts = split_examples(rest, config.validation_size, config.seed)
     rows = [[*zip(encode(x.texts), map(labels.index, x.labels))] for x in parts]
-    if run_dir is None:
-        run_dir = _make_run_dir(config)
-        start = {"config": vars(config), "rest": vars(rest), "held_out": vars(held_out)}
-        _write_json(run_dir / _START, start)
-    with (run_dir / _START).open() as lock_file:
-        with _raising(TrainingError, f"{run_dir} is in training; wait, or stop it"):
-            fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        trainer = _Trainer(config, model, run_dir, *rows)
-        metrics = trainer.fit() | {"accuracy": None, "macro_f1": None}
-        if held_out.texts:
-            best = trainer.predict(encode(held_out.texts)).argmax(-1)
-            pair = (held_out.labels, [labels[i] for i in best])
-            plot_confusion_matrix(*pair, run_dir / "confusion_matrix.png")
-            metrics |= evaluate_predictions(*pair)
-        _write_json(run_dir / "metrics.json", metrics)
-        return _finish(run_dir, model, tokenizer, config, rest, metrics)
+    run_dir = _make_run_dir(config)
+    trainer = _Trainer(config, model, run_dir, *rows)
+    metrics = trainer.fit() | {"accuracy": None, "macro_f1": None}
+    if held_out.texts:
+        best = trainer.predict(encode(held_out.texts)).argmax(-1)
+        pair = (held_out.labels, [labels[i] for i in best])
+        plot_confusion_matrix(*pair, run_dir / "confusion_matrix.png")
+        metrics |= evaluate_predictions(*pair)
+    _write_json(run_dir / "metrics.json", metrics)
+    return _finish(run_dir, model, tokenizer, config, rest, metrics)
 
 
 def _make_run_dir(config: TrainConfig) -> Path:
@@ -1294,7 +1244,7 @@ def _make_run_dir(config: TrainConfig) -> Path:
     name = path.resolve().name if path.exists() else str(path).replace("/", "--")
     run_dir = Path(config.models_dir, "trained", f"{stamp}_{name}.unfinished")
     with contextlib.suppress(FileExistsError):
-        run_dir.joinpath(_START).parent.mkdir(parents=True)
+        run_dir.mkdir(parents=True)
         return run_dir
     time.sleep(0.2)  # the second is taken by another run
     return _make_run_dir(config)
@@ -1332,7 +1282,6 @@ def _finish(run_dir: Path, model: Model, tokenizer, config, rest, metrics) -> Pa
     latest = {key: manifest[key] for key in ("model_type", "max_seq_len")}
     latest["model_dir"] = f"trained/{final_dir.name}"
     _write_json(final_dir.parent.with_name(LATEST), latest)
-    shutil.rmtree(final_dir / "checkpoint")
     return final_dir
 
 
@@ -1967,19 +1916,9 @@ def _check_command(data: str, test: str | None, strict: bool, **place) -> int:
 @_command("train texts.csv --n-epochs 3", "", *TrainConfig.__annotations__)
 @click.argument("data", required=False)
 @click.option("--test", metavar="FILE", help="test on it, not on a share of DATA")
-@click.option("--resume", "run", is_flag=False, flag_value="", metavar="[RUN]",
-              help="go on with RUN, or the latest unfinished one")  # fmt: skip
-def _train_command(data, test, run: str | None, **parameters: Any) -> None:
+def _train_command(data: str | None, test: str | None, **parameters: Any) -> None:
     """Fine-tune on DATA, a CSV or TSV file or docstrings.  [default: stackoverflow]"""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    config = TrainConfig(**parameters)
-    as_begun = (None, None, TrainConfig(models_dir=config.models_dir))
-    if run is not None and (data, test, config) != as_begun:
-        raise TrainingError("--resume goes on as the run began: give nothing else")
-    if run is None:
-        run_dir = train(config, data, test)
-    else:
-        run_dir = resume(run, config.models_dir)
+    run_dir = train(TrainConfig(**parameters), data, test)
     metrics = json.loads((run_dir / "metrics.json").read_text("utf-8"))
     keys = ("accuracy", "macro_f1", "train_texts_per_s", "train_seconds")
     click.echo(json.dumps({"run_dir": str(run_dir)} | {x: metrics[x] for x in keys}))

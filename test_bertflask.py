@@ -4,7 +4,6 @@ import base64
 import contextlib
 import csv
 import dataclasses
-import fcntl
 import functools
 import gc
 import hashlib
@@ -38,7 +37,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Semaphore
 from types import SimpleNamespace
-from unittest import mock
 
 import h5py
 import numpy as np
@@ -2726,174 +2724,6 @@ def test_two_runs_in_the_same_second_get_folders_of_their_own(tmp_path):
     first, second = (bertflask._make_run_dir(config) for _ in range(2))
     assert first != second and first.is_dir() and second.is_dir()
     assert first.name.endswith("_owner--name.unfinished")
-
-
-# --- resume ---
-
-
-class StopError(Exception):
-    """As good as a power cut, in this process."""
-
-
-@pytest.fixture(scope="module")
-def whole_run(tiny_dir, examples, tmp_path_factory):
-    """A run that was never stopped, of either kind of model; 12 steps."""
-    models_dir = tmp_path_factory.mktemp("whole")
-    return bertflask.train(tiny_config(tiny_dir, models_dir), examples)
-
-
-def stop_at(step, monkeypatch):
-    learn_rate = bertflask.learn_rate
-
-    def learn_rate_or_stop(now, *args):
-        if now == step:
-            raise StopError
-        return learn_rate(now, *args)
-
-    monkeypatch.setattr(bertflask, "learn_rate", learn_rate_or_stop)
-
-
-def digests(run_dir):
-    names = ("model.onnx", "golden.json", bertflask._VOCAB_NAMES["bert"])
-    names += ("model.weights.h5", "confusion_matrix.png")
-    return {x: bertflask._digest(run_dir / x) for x in names if (run_dir / x).exists()}
-
-
-@pytest.mark.parametrize("minutes", [0.0, 10.0])
-@pytest.mark.parametrize("steps", [[0], [1, 4], [6], [7, 11]])
-def test_a_resumed_run_ends_as_one_that_was_never_stopped(
-    tiny_dir, examples, whole_run, tmp_path, monkeypatch, steps, minutes
-):
-    config = tiny_config(tiny_dir, tmp_path, checkpoint_minutes=minutes)
-    go_on = functools.partial(bertflask.train, config, examples)
-    for step in steps:
-        with monkeypatch.context() as patch, pytest.raises(StopError):
-            stop_at(step, patch)
-            go_on()
-        assert not (tmp_path / bertflask.LATEST).exists()
-        go_on = functools.partial(bertflask.resume, models_dir=tmp_path)
-    run_dir = go_on()
-    assert digests(run_dir) == digests(whole_run)
-    ours, theirs = (json.loads((x / "metrics.json").read_text())
-                    for x in (run_dir, whole_run))  # fmt: skip
-    assert ours["per_label"] == theirs["per_label"]
-    assert not (run_dir / "checkpoint").exists()
-    assert bertflask.find_run(None, tmp_path) == run_dir
-
-
-def test_a_run_that_was_stopped_after_its_training_is_only_finished(
-    tiny_bert_dir, examples, tmp_path, monkeypatch
-):
-    whole = bertflask.train(tiny_config(tiny_bert_dir, tmp_path / "a"), examples)
-    with monkeypatch.context() as patch, pytest.raises(StopError):
-        patch.setattr(bertflask, "onnx_model", mock.Mock(side_effect=StopError))
-        bertflask.train(tiny_config(tiny_bert_dir, tmp_path / "b"), examples)
-    monkeypatch.setattr(bertflask._Trainer, "_epoch", None)
-    assert digests(bertflask.resume(models_dir=tmp_path / "b")) == digests(whole)
-
-
-@pytest.fixture
-def stopped_run(tiny_bert_dir, examples, tmp_path, monkeypatch):
-    """The folder of a run that was stopped at its third step."""
-    config = tiny_config(tiny_bert_dir, tmp_path / "models", checkpoint_minutes=0.0)
-    with monkeypatch.context() as patch, pytest.raises(StopError):
-        stop_at(2, patch)
-        bertflask.train(config, examples)
-    (run_dir,) = (tmp_path / "models" / "trained").iterdir()
-    return run_dir
-
-
-def test_a_run_in_training_cannot_be_resumed_beside_it(stopped_run):
-    with (stopped_run / bertflask._START).open() as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(bertflask.TrainingError, match="is in training"):
-            bertflask.resume(stopped_run)
-    assert bertflask.Classifier.load(bertflask.resume(stopped_run)).labels
-
-
-def test_without_an_unfinished_run_resume_is_one_clear_error(run_dir, tmp_path):
-    with pytest.raises(bertflask.TrainingError, match="no unfinished run"):
-        bertflask.resume(models_dir=tmp_path)
-    with pytest.raises(bertflask.TrainingError, match="start.json"):
-        bertflask.resume(run_dir)
-
-
-def test_a_full_disk_ends_with_one_line_and_a_run_that_resumes(
-    tiny_bert_dir, examples, tmp_path, monkeypatch
-):
-    error = tf.errors.ResourceExhaustedError(None, None, "No space left on device")
-    save = mock.Mock(side_effect=error)
-    with monkeypatch.context() as patch:
-        patch.setattr(tf.train.CheckpointManager, "save", save)
-        with pytest.raises(bertflask.TrainingError, match="No space left") as caught:
-            bertflask.train(tiny_config(tiny_bert_dir, tmp_path), examples)
-    assert "train --resume" in str(caught.value) and "\n" not in str(caught.value)
-    assert bertflask.Classifier.load(bertflask.resume(models_dir=tmp_path)).labels
-
-
-def start_training(model_dir, models_dir, *flags):
-    command = [sys.executable, bertflask.__file__, "train", *flags]
-    command += ["--models-dir", str(models_dir)]
-    if not flags or "--resume" not in flags:
-        command += ["--model-name", str(model_dir), "--checkpoint-minutes", "0"]
-        command += ["--n-epochs", "4", "--batch-size", "8", "--max-seq-len", "16"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, **pipes)
-
-
-@pytest.fixture
-def csv_path(examples, tmp_path):
-    path = tmp_path / "texts.csv"
-    with path.open("w", newline="") as file:
-        rows = zip(examples.texts, examples.labels)
-        csv.writer(file).writerows([("text", "label"), *rows])
-    return path
-
-
-def checkpoints(models_dir):
-    return {path.name for path in models_dir.glob("trained/*/checkpoint/ckpt-*.index")}
-
-
-def wait_for_checkpoint(models_dir, process, seen=frozenset()):
-    for _ in range(6000):
-        if checkpoints(models_dir) - seen:
-            return
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.01)
-    raise AssertionError("no checkpoint after a minute")
-
-
-def test_sigterm_ends_a_training_with_one_line_and_it_resumes(
-    tiny_bert_dir, csv_path, tmp_path
-):
-    with start_training(tiny_bert_dir, tmp_path, str(csv_path)) as process:
-        wait_for_checkpoint(tmp_path, process)
-        process.terminate()
-        *_, last = process.communicate()[1].splitlines()
-    assert (process.returncode, last) == (130, "interrupted")
-    with start_training(None, tmp_path, "--resume") as process:
-        answer, log = process.communicate()
-    assert process.returncode == 0, log
-    run_dir = json.loads(answer)["run_dir"]
-    assert bertflask.Classifier.load(run_dir).labels
-
-
-@pytest.mark.slow
-def test_kill_9_at_random_steps_changes_nothing(tiny_dir, csv_path, tmp_path):
-    with start_training(tiny_dir, tmp_path / "whole", str(csv_path)) as process:
-        whole_dir = json.loads(process.communicate()[0])["run_dir"]
-    flags, rng, models_dir = [str(csv_path)], np.random.default_rng(), tmp_path / "b"
-    for _ in range(3):
-        seen = checkpoints(models_dir)
-        with start_training(tiny_dir, models_dir, *flags) as process:
-            wait_for_checkpoint(models_dir, process, seen)
-            time.sleep(rng.uniform(0, 0.1))
-            process.kill()
-        assert not (models_dir / bertflask.LATEST).exists()
-        flags = ["--resume"]
-    with start_training(tiny_dir, models_dir, *flags) as process:
-        run_dir = json.loads(process.communicate()[0])["run_dir"]
-    assert digests(Path(run_dir)) == digests(Path(whole_dir))
 
 
 TRAIN_TINY = """
