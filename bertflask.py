@@ -364,7 +364,17 @@ def read_examples(
 class _Table:  # of a CSV or TSV: names of columns, rows, lines where rows begin
     def __init__(self, path: Path, *given: str | None) -> None:
         self.path, self.names, self.rows, self.lines = path, [], [], []
-        stream = self._open()
+        csv.field_size_limit(2**31 - 1)  # csv refuses fields over 128 KiB by default
+        with _raising(DataError, f"cannot read {path}"):
+            data = path.read_bytes()
+        codec = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+        try:
+            stream = io.StringIO(data.decode(codec), newline="")
+        except UnicodeDecodeError as error:
+            raw, at, codec = error.object, error.start, error.encoding.upper()
+            line = len(re.split("\r\n|\r|\n", raw[:at].decode(codec, "ignore")))
+            bad = f"line {line}: bytes {raw[at : error.end].hex(' ')} are not {codec}"
+            raise DataError(f"{path}: {bad}; save the file as UTF-8") from None
         header = next(filter(str.strip, stream), "")
         if "\0" in header:
             raise DataError(f"{path}: line 1 has NULs; save the file as UTF-8")
@@ -384,19 +394,6 @@ class _Table:  # of a CSV or TSV: names of columns, rows, lines where rows begin
             raise DataError(f"{path}: line {line}: {words}; quote all fields") from None
         if not self.rows:
             raise DataError(f"{path}: no rows; add a text and a label below a header")
-
-    def _open(self) -> io.StringIO:
-        csv.field_size_limit(2**31 - 1)  # csv refuses fields over 128 KiB by default
-        with _raising(DataError, f"cannot read {self.path}"):
-            data = self.path.read_bytes()
-        codec = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-        try:
-            return io.StringIO(data.decode(codec), newline="")
-        except UnicodeDecodeError as error:
-            raw, at, codec = error.object, error.start, error.encoding.upper()
-            line = len(re.split("\r\n|\r|\n", raw[:at].decode(codec, "ignore")))
-            bad = f"line {line}: bytes {raw[at : error.end].hex(' ')} are not {codec}"
-            raise DataError(f"{self.path}: {bad}; save the file as UTF-8") from None
 
     def _add(self, line: int, row: list[str]) -> None:
         if not self.names:  # the header, without a spreadsheet's empty columns
@@ -832,17 +829,12 @@ class Model:
 
 
 def build_model(
-    checkpoint_dir: str | Path,
-    n_labels: int,
-    load_weights: bool = True,
-    precision: str = "float32",
-    seed: int = 0,
+    checkpoint_dir: str | Path, n_labels: int, load_weights: bool = True
 ) -> Model:
     """A checkpoint's model with a new head; PretrainedError if anything is unfit."""
     tf, config = _tensorflow(), read_config(checkpoint_dir)
     import bert
 
-    tf.random.set_seed(seed)
     own = config | {"hidden_act": None}  # an activation has no variables
     stock = bert.loader.StockBertConfig.from_dict(own, return_unused=False)
     hidden, scale = config["hidden_size"], config["initializer_range"]
@@ -851,12 +843,12 @@ def build_model(
         layer([tf.zeros((1, 1), tf.int32)] * 2)  # makes the variables, LAYER/NAME:0
         variables = {v.name.partition("/")[2][: -len(":0")]: v for v in layer.weights}
         for name, width in (("pooler/dense", hidden), ("classifier", n_labels)):
-            kernel = tf.random.truncated_normal((hidden, width), 0, scale, seed=seed)
+            kernel = tf.random.truncated_normal((hidden, width), 0, scale)
             variables[f"{name}/kernel"] = tf.Variable(kernel)
             variables[f"{name}/bias"] = tf.Variable(tf.zeros(width))
         if load_weights:
             _load_weights(Path(checkpoint_dir), variables)
-    return Model(config, variables, precision)
+    return Model(config, variables)
 
 
 def _load_weights(checkpoint_dir: Path, variables: dict) -> None:
@@ -955,48 +947,52 @@ class TrainConfig:
     precision: str = _field("of matrix products", "float32", choices=_PRECISIONS)
     models_dir: str = _field("folder of pretrained and trained models", "models")
 
+    def resolve(self, n_rows: float = math.inf, n_labels: int = 0) -> TrainConfig:
+        """With a value in place of each None; TrainingError if one is out of bounds."""
+        row = PRETRAINED.get(Path(self.model_name).name)  # of a folder, too
+        values, recommended = dataclasses.asdict(self), row.recommended if row else {}
+        for field in fields(self):
+            name, (low, high) = field.name, field.metadata["within"] or (None, None)
+            if (value := values[name]) is None and low is not None:
+                value = values[name] = recommended.get(name, field.metadata["else_"])
+            if low is not None and not low <= value <= high:
+                raise TrainingError(f"{name} is {value}; use {low} to {high}")
+            if value not in (choices := field.metadata.get("choices", (value,))):
+                raise TrainingError(f"{name} is {value!r}; use one of {choices}")
+        if self.n_epochs is None and recommended:  # little data needs more of them
+            enough = math.ceil((200 + 10 * n_labels) * values["batch_size"] / n_rows)
+            values["n_epochs"] = max(values["n_epochs"], min(enough, 40))
+        if (low := values["min_learn_rate"]) > (high := values["max_learn_rate"]):
+            raise TrainingError(f"min_learn_rate {low} is above max_learn_rate {high}")
+        return TrainConfig(**values)
 
-def _resolve(config: TrainConfig, n_rows=math.inf, n_labels: int = 0) -> TrainConfig:
-    row = PRETRAINED.get(Path(config.model_name).name)  # of a folder, too
-    values, recommended = dataclasses.asdict(config), row.recommended if row else {}
-    for field in dataclasses.fields(config):
-        name, (low, high) = field.name, field.metadata["within"] or (None, None)
-        if (value := values[name]) is None and low is not None:
-            value = values[name] = recommended.get(name, field.metadata["else_"])
-        if low is not None and not low <= value <= high:
-            raise TrainingError(f"{name} is {value}; it must be from {low} to {high}")
-        if value not in (choices := field.metadata.get("choices", (value,))):
-            raise TrainingError(f"{name} is {value!r}; use one of {choices}")
-    if config.n_epochs is None and recommended:  # little data needs more of them
-        enough = math.ceil((200 + 10 * n_labels) * values["batch_size"] / n_rows)
-        values["n_epochs"] = max(values["n_epochs"], min(enough, 40))
-    if (low := values["min_learn_rate"]) > (high := values["max_learn_rate"]):
-        raise TrainingError(f"min_learn_rate {low} is above max_learn_rate {high}")
-    return TrainConfig(**values)
-
-
-def _choose_gpu(gpu: str | None) -> None:
-    config = _tensorflow().config
-    gpus = config.list_physical_devices("GPU")
-    if gpu is not None and gpu not in map(str, range(len(gpus))):
-        raise TrainingError(f"gpu is {gpu!r}, but {len(gpus)} GPUs were found")
-    if gpus:
-        config.set_visible_devices(chosen := gpus[int(gpu or 0)], "GPU")
-        config.experimental.set_memory_growth(chosen, True)
+    def choose_gpu(self) -> None:
+        """Before TensorFlow computes anything."""
+        config = _tensorflow().config
+        gpus = config.list_physical_devices("GPU")
+        if self.gpu is not None and self.gpu not in map(str, range(len(gpus))):
+            raise TrainingError(f"gpu is {self.gpu!r}, but {len(gpus)} GPUs were found")
+        if gpus:
+            config.set_visible_devices(chosen := gpus[int(self.gpu or 0)], "GPU")
+            config.experimental.set_memory_growth(chosen, True)
 
 
 class _Trainer:  # keeps the epoch with the best validation loss
     def __init__(self, config: TrainConfig, model: Model, log_dir: Path, *rows: _Rows):
         tf, self.config, self.model = _tensorflow(), config, model
-        train, self.validation = rows
+        model.precision, (train, self.validation) = config.precision, rows
         # Words in no training text stay: they take a sixth of a small model's time.
         self.used = np.unique(np.concatenate([[0], *(ids for ids, _ in train)]))
         self.train = [(np.searchsorted(self.used, ids), y) for ids, y in train]
         words = tf.Variable(tf.gather(model.variables[_WORDS], self.used))
         self.trained = dataclasses.replace(model)
         self.trained.variables = model.variables | {_WORDS: words}
-        self.scale = tf.Variable(2.0**15 if model.precision == "float16" else 1.0)
-        self.adam = tf.keras.optimizers.legacy.Adam(epsilon=1e-6)  # a fused kernel
+        keras, half = tf.keras, model.precision == "float16"
+        # Newer optimizers of Keras have no fused kernel.
+        adam = keras.optimizers.legacy.Adam(epsilon=1e-6, global_clipnorm=CLIP_NORM)
+        scale = (True,) if half else (False, 1)
+        self.adam = keras.mixed_precision.LossScaleOptimizer(adam, *scale)
+        self.adam._create_all_weights([*self.trained.variables.values()])
         ids, *rest = (tf.TensorSpec(s, tf.int32) for s in ((None, None), (None,), ()))
         compiled = functools.partial(tf.function, autograph=False)  # once for all sizes
         self.train_step = compiled(self._train_step, [ids, *rest])
@@ -1007,19 +1003,23 @@ class _Trainer:  # keeps the epoch with the best validation loss
 
     def fit(self) -> dict:
         """Trains and gives its speed; without validation the last epoch is kept."""
-        for epoch in range(1, self.config.n_epochs + 1):
+        tf, n_epochs = _tensorflow(), self.config.n_epochs
+        for epoch in range(1, n_epochs + 1):
             began = time.perf_counter()
             self._epoch(epoch)
             self.seconds += time.perf_counter() - began
-            words = (self.trained.variables[_WORDS], self.used)
-            self.model.variables[_WORDS].scatter_update(
-                _tensorflow().IndexedSlices(*words)
-            )
+            words = tf.IndexedSlices(self.trained.variables[_WORDS], self.used)
+            self.model.variables[_WORDS].scatter_update(words)
             if self.validation:
-                self._validate(epoch)
+                token_ids, label_ids = zip(*self.validation)
+                figures = self._loss_and_accuracy(self.predict(token_ids), label_ids)
+                figures = self._record("validation", figures)
+                log.info("epoch %d: validation %s", epoch, figures)
+                if figures["loss"] < self.best[0]:
+                    self.best = figures["loss"], self.model.weights()
         for name, array in self.best[1].items():
             self.model.variables[name].assign(array)
-        speed = self.config.n_epochs * len(self.train) / self.seconds
+        speed = n_epochs * len(self.train) / self.seconds
         return {"train_texts_per_s": speed, "train_seconds": self.seconds}
 
     def _epoch(self, epoch: int) -> None:
@@ -1039,17 +1039,14 @@ class _Trainer:  # keeps the epoch with the best validation loss
             self.step += 1
 
     def _train_step(self, token_ids: Any, label_ids: Any, step: Any) -> Any:
-        tf, model, scale = _tensorflow(), self.trained, self.scale
+        tf, model = _tensorflow(), self.trained
         with tf.GradientTape() as tape:
             noisy = dataclasses.replace(model, seed=tf.stack([self.config.seed, step]))
             figures = self._loss_and_accuracy(noisy.logits(token_ids), label_ids)
-        gradients = tape.gradient(figures["loss"], [*model.variables.values()], scale)
-        gradients = [tf.convert_to_tensor(gradient) / scale for gradient in gradients]
-        gradients, norm = tf.clip_by_global_norm(gradients, CLIP_NORM)
-        fine = tf.math.is_finite(norm) | (model.precision != "float16")  # else no step
-        if model.precision == "float16":
-            scale.assign(tf.where(fine, tf.minimum(scale * 1.0005, 2.0**24), scale / 2))
-        tf.cond(fine, lambda: self._adam_w(gradients), lambda: None)
+            loss = self.adam.get_scaled_loss(figures["loss"])
+        gradients = tape.gradient(loss, [*model.variables.values()])
+        gradients = self.adam.get_unscaled_gradients(gradients)
+        self._adam_w([*map(tf.convert_to_tensor, gradients)])
         return figures
 
     def _loss_and_accuracy(self, logits: Any, label_ids: Any) -> dict[str, Any]:
@@ -1064,14 +1061,6 @@ class _Trainer:  # keeps the epoch with the best validation loss
             if not name.endswith(("bias", "gamma", "beta")):
                 variable.assign_sub(self.adam.learning_rate * 0.01 * variable)
         self.adam.apply_gradients(zip(gradients, self.trained.variables.values()))
-
-    def _validate(self, epoch: int) -> None:
-        token_ids, label_ids = zip(*self.validation)
-        figures = self._loss_and_accuracy(self.predict(token_ids), label_ids)
-        figures = self._record("validation", figures)
-        log.info("epoch %d: validation %s", epoch, figures)
-        if figures["loss"] < self.best[0]:
-            self.best = figures["loss"], self.model.weights()
 
     def predict(self, token_ids: Sequence[np.ndarray]) -> np.ndarray:
         batches = batches_by_tokens([len(ids) for ids in token_ids], 8192)
@@ -1170,10 +1159,10 @@ _ONNX_LAYER = """
   bias{i} = Concat <axis = 0> ("{own}/query/bias", "{own}/key/bias", "{own}/value/bias")
   mixed{i} = com.microsoft.MultiHeadAttention <num_heads = {num_attention_heads}>
     (q{i}, k{i}, v{i}, bias{i}, mask)
-  found{i} = MatMul (mixed{i}, "{out}/dense/kernel")
+  found{i} = MatMul (mixed{i}, "{mix}/dense/kernel")
   y{i} = com.microsoft.SkipLayerNormalization <epsilon = {layer_norm_eps}>
-    (found{i}, rows{i}, "{out}/LayerNorm/gamma", "{out}/LayerNorm/beta",
-    "{out}/dense/bias")
+    (found{i}, rows{i}, "{mix}/LayerNorm/gamma", "{mix}/LayerNorm/beta",
+    "{mix}/dense/bias")
   wide{i} = MatMul (y{i}, "{layer}/intermediate/kernel")
   active{i} = com.microsoft.{gelu} (wide{i}, "{layer}/intermediate/bias")
   narrow{i} = MatMul (active{i}, "{layer}/output/dense/kernel")
@@ -1194,7 +1183,7 @@ def onnx_model(config: dict, weights: dict[str, np.ndarray]) -> bytes:
     for i in range(config["num_hidden_layers"]):
         layer = f"encoder/layer_{i if is_bert else 'shared'}"
         config |= {"i": i, "next_i": i + 1, "layer": layer}
-        config |= {"own": f"{layer}/attention/self", "out": f"{layer}/attention/output"}
+        config |= {"own": f"{layer}/attention/self", "mix": f"{layer}/attention/output"}
         config["layers"] += _ONNX_LAYER.format_map(config)
     cls_row = (f"Identity (x{i})", f"Gather <axis = 1> (x{i}, first)")
     graph = _ONNX_GRAPH.format_map(config).replace(*cls_row)
@@ -1207,7 +1196,7 @@ def onnx_model(config: dict, weights: dict[str, np.ndarray]) -> bytes:
 def train(config: TrainConfig, data: Data = None, test: Data = None) -> Path:
     """The folder of the finished run, from then on the latest; else a BertFlaskError.
     Without `data` it takes Stack Overflow posts, without `test` a part of `data`."""
-    _resolve(config)  # whose errors come before any data
+    config.resolve()  # whose errors come before any data
     columns = (config.text_column, config.label_column, config.models_dir)
     rest = load_examples("stackoverflow" if data is None else data, *columns)
     held_out = None if test is None else load_examples(test, *columns)
@@ -1215,11 +1204,12 @@ def train(config: TrainConfig, data: Data = None, test: Data = None) -> Path:
         rest, held_out = split_examples(rest, config.test_size, config.seed)
     log.info("\n".join(check_examples(rest, held_out)))
     labels = sorted({*rest.labels})
-    config = _resolve(config, len(rest.texts), len(labels))
+    config = config.resolve(len(rest.texts), len(labels))
     path = fetch_pretrained(config.model_name, config.models_dir)
     tokenizer = load_tokenizer(path)
-    _choose_gpu(config.gpu)
-    model = build_model(path, len(labels), seed=config.seed, precision=config.precision)
+    config.choose_gpu()
+    _tensorflow().random.set_seed(config.seed)
+    model = build_model(path, len(labels))
     if config.max_seq_len > (most := model.config["max_position_embeddings"]):
         raise TrainingError(f"lower max_seq_len: the model has {most} positions")
     if (n := tokenizer.vocab_size) > (most := model.config["vocab_size"]):
@@ -1333,22 +1323,6 @@ def find_run(run_dir: str | Path | None, models_dir: str | Path = "models") -> P
     return path.parent / _read_object(path, ArtifactError, model_dir=str)["model_dir"]
 
 
-def _load_manifest(run_dir: Path) -> dict:
-    config = _read_object(run_dir / "config.json", ArtifactError, **_MANIFEST_TYPES)
-    place, size = f"{run_dir}/config.json", config["max_seq_len"]
-    if (found := config["format"]) != FORMAT:
-        raise ArtifactError(f"{place}: format {found}, this bertflask reads {FORMAT}")
-    if {*map(type, config["labels"])} != {str} or not 3 <= size <= 2**16:
-        raise ArtifactError(f"{place}: labels are no texts, or max_seq_len cannot be")
-    for name in (*_SERVED_FILES, _VOCAB_NAMES.get(config["model_type"], "?")):
-        path = run_dir / name
-        if path.is_symlink() or not path.is_file():  # a link may lead elsewhere
-            raise ArtifactError(f"{place}: {name!r} is not a file of this run")
-        if _digest(path) != config["files"].get(name):
-            raise ArtifactError(f"{place}: sha256 of {name} is another; train anew")
-    return config
-
-
 # === 11. Prediction: Prediction, Classifier, Batcher ===
 
 _BULK_TOKENS, _BATCH_TOKENS = 4096, 192  # in a batch, padding included
@@ -1408,7 +1382,19 @@ class Classifier:
     ) -> Classifier:
         """A run, by default the latest; ArtifactError unless it answers as trained."""
         run_dir = find_run(run_dir, models_dir)
-        config = _load_manifest(run_dir)
+        place = run_dir / "config.json"
+        config = _read_object(place, ArtifactError, **_MANIFEST_TYPES)
+        if (found := config["format"]) != FORMAT:
+            raise ArtifactError(f"{place}: format {found}, this one reads {FORMAT}")
+        size = config["max_seq_len"]
+        if {*map(type, config["labels"])} != {str} or not 3 <= size <= 2**16:
+            raise ArtifactError(f"{place}: labels or max_seq_len that cannot be")
+        for name in (*_SERVED_FILES, _VOCAB_NAMES.get(config["model_type"], "?")):
+            path = run_dir / name
+            if path.is_symlink() or not path.is_file():  # a link may lead elsewhere
+                raise ArtifactError(f"{place}: {name!r} is not a file of this run")
+            if _digest(path) != config["files"].get(name):
+                raise ArtifactError(f"{place}: sha256 of {name} is another; train anew")
         tokenizer = load_tokenizer(run_dir, config["do_lower_case"])
         session = _open_model(run_dir, config, tokenizer, _LOAD_TOLERANCE)
         digest = config["files"]["model.onnx"][:8]
@@ -1488,7 +1474,23 @@ class Batcher:
             raise RequestError(*_LATE)
         classifier = self.classifier
         token_ids, truncated = classifier.encode(texts)
-        jobs = self._enter(classifier, token_ids)
+        keys = [(classifier, ids.tobytes()) for ids in token_ids]
+        came = due = time.monotonic()
+        with self._changed:
+            new = {key: x for key, x in zip(keys, token_ids) if not self._find(key)}
+            n, added = self.n_tokens, sum(map(len, new.values()))
+            # what is larger than the whole queue is taken when that is empty
+            if self._closed or n and added and n + added > self.queue_tokens:
+                raise RequestError("too much waits", 429, "queue_full")
+            for key, ids in new.items():
+                due += len(ids) / self._rate  # so short requests pass a long one
+                self._open[key] = _Job(key, ids, came, due)
+            self.n_tokens += added
+            jobs = [self._find(key) for key in keys]
+            for job in jobs:
+                job.n_waiting += 1
+            self._changed.notify()
+        self.metrics.cache_hits.inc(len(jobs) - len(new))
         try:
             while wait(jobs, min(0.25, deadline - time.monotonic())).not_done:
                 if time.monotonic() >= deadline:
@@ -1518,26 +1520,6 @@ class Batcher:
 
     def wait_s(self) -> int:  # to empty the queue
         return math.ceil(self.n_tokens / self._rate) or 1
-
-    def _enter(self, classifier: Any, token_ids: list[np.ndarray]) -> list[_Job]:
-        keys = [(classifier, ids.tobytes()) for ids in token_ids]
-        came = due = time.monotonic()
-        with self._changed:
-            new = {key: x for key, x in zip(keys, token_ids) if not self._find(key)}
-            n, added = self.n_tokens, sum(map(len, new.values()))
-            # what is larger than the whole queue is taken when that is empty
-            if self._closed or n and added and n + added > self.queue_tokens:
-                raise RequestError("too much waits", 429, "queue_full")
-            for key, ids in new.items():
-                due += len(ids) / self._rate  # so short requests pass a long one
-                self._open[key] = _Job(key, ids, came, due)
-            self.n_tokens += added
-            jobs = [self._find(key) for key in keys]
-            for job in jobs:
-                job.n_waiting += 1
-            self._changed.notify()
-        self.metrics.cache_hits.inc(len(jobs) - len(new))
-        return jobs
 
     def _find(self, key: tuple) -> _Job | None:
         if key in self._cache:
@@ -1573,7 +1555,14 @@ class Batcher:
                     self._run([job])
                 return
             results = [error]
-        self._measure(batch)
+        lengths, metrics = [len(job.token_ids) for job in batch], self.metrics
+        rate = sum(lengths) / (time.monotonic() - self._began + 1e-6)
+        self._rate += 0.1 * (rate - self._rate)
+        metrics.batch_texts.observe(len(batch))
+        metrics.batch_tokens.observe(n_padded := len(batch) * max(lengths))
+        metrics.padding_share.observe(1 - sum(lengths) / n_padded)
+        for job in batch:
+            metrics.queue_seconds.observe(self._began - job.came)
         with self._changed:
             for job, result in zip(batch, results, strict=True):
                 del self._open[job.key]
@@ -1585,17 +1574,6 @@ class Batcher:
                     self._cache[job.key] = job
             for key in [*self._cache][: -self.cache_size or None]:
                 del self._cache[key]
-
-    def _measure(self, batch: list[_Job]) -> None:
-        lengths, metrics = [len(job.token_ids) for job in batch], self.metrics
-        rate = sum(lengths) / (time.monotonic() - self._began + 1e-6)
-        self._rate += 0.1 * (rate - self._rate)
-        n_padded = len(batch) * max(lengths)
-        metrics.batch_texts.observe(len(batch))
-        metrics.batch_tokens.observe(n_padded)
-        metrics.padding_share.observe(1 - sum(lengths) / n_padded)
-        for job in batch:
-            metrics.queue_seconds.observe(self._began - job.came)
 
 
 # === 12. HTTP: ServeConfig, create_app, serve ===
@@ -1656,6 +1634,7 @@ class _Api:
         app.post("/predict")(self.predict)
         app.get("/readyz")(self.readyz)
         app.get("/metrics")(self.show_metrics)
+        app.get("/openapi.json")(self.openapi)
         app.get("/health_check", endpoint="health_check")(lambda: {"status": "ok"})
 
     def start(self) -> None:
@@ -1682,6 +1661,35 @@ class _Api:
         self.metrics.model_info.labels(self.model.name).set(1)
         text = prometheus.generate_latest(self.metrics.registry)
         return text, {"Content-Type": prometheus.CONTENT_TYPE_LATEST}
+
+    def openapi(self) -> dict:
+        from pydantic import create_model, json_schema
+
+        maybe = (str | None, ...)
+        ranked = create_model("Ranked", label=str, probability=float)
+        problem = {"error": create_model("Problem", code=str, message=str, field=maybe)}
+        answer = {"model": str, "predictions": list[str], "probabilities": list[float]}
+        answer |= {"truncated": list[bool], "top_k": (list[list[ranked]], None)}
+        shapes = {"predict": answer, "error": problem, "health_check": {"status": str}}
+        shapes["readyz"] = {"status": str, "model": str, "reload_error": maybe}
+        models = [create_model(name, **fields) for name, fields in shapes.items()]
+        models.append(_body(self.config, len(self.model.labels)))
+        rows, ref = [(x, "validation") for x in models], "#/components/schemas/{model}"
+        schemas = json_schema.models_json_schema(rows, ref_template=ref)[1]["$defs"]
+        refs = {name: {"$ref": ref.format(model=name)} for name in schemas}
+        paths, kind = {}, "application/json"
+        json_of = {x: {"content": {kind: {"schema": y}}} for x, y in refs.items()}
+        wrong = {"description": "what is wrong", **json_of["error"]}
+        for path in (rule.rule for rule in self.app.url_map.iter_rules()):
+            done = {"description": "done", **json_of.get(path[1:], {})}
+            paths[path] = {"get": {"responses": {"200": done, "default": wrong}}}
+        body = {"requestBody": {"required": True, **json_of["Body"]}}
+        paths["/predict"] = {"post": paths["/predict"]["get"] | body}
+        keys = {"key": {"type": "http", "scheme": "bearer"}}
+        parts = {"schemas": schemas, "securitySchemes": keys}
+        about = {"title": "bertflask", "version": __version__}
+        found = {"openapi": "3.1.0", "info": about, "paths": paths, "components": parts}
+        return found | {"security": [{"key": []}] if self.keys else []}
 
     def predict(self) -> dict:
         if not self.slots.acquire(blocking=False):
@@ -1715,7 +1723,8 @@ class _Api:
         try:
             raw = self.request.stream.read(limit + 1)
             if len(raw) <= limit:
-                value = json.loads(raw, parse_constant=int)  # no NaN, no Infinity
+                # no NaN, no Infinity
+                value = json.loads(raw, parse_constant=int, parse_float=_number)
                 return _body(self.config, n_labels).model_validate(value)
         except ValidationError as error:
             problem = error.errors(include_url=False, include_input=False)[0]
@@ -1789,6 +1798,11 @@ class _Api:
                 is_new = time.time() - channel.last_activity < 0.5
                 if not (channel.requests or channel.total_outbufs_len or is_new):
                     channel.will_close = True
+
+
+def _number(text: str) -> int | float:  # 2.0 is an integer in JSON Schema
+    number = float(text)
+    return int(number) if number.is_integer() else number
 
 
 @functools.cache
