@@ -50,13 +50,10 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import Annotated, Any, TextIO
 
 import click
 import numpy as np
-
-if TYPE_CHECKING:
-    import flask
 
 # === 1. Names and errors: BertFlaskError and one subclass per room that can fail ===
 
@@ -502,17 +499,18 @@ def split_examples(
     return Examples(*rest), Examples(*test)
 
 
-def load_examples(
-    data: str | Path | Examples,
-    text_column: str | None = None,
-    label_column: str | None = None,
-    models_dir: str | Path = "models",
-) -> Examples:
-    """Rows of a file or built-in source, or data itself; DataError, DownloadError."""
+def load_examples(data, text_column=None, label_column=None, models_dir="models"):
+    """Examples: of a file or built-in source, or `data`; DataError, DownloadError."""
     if isinstance(data, Examples):
         return data
     if data == "docstrings":
-        return _read_docstrings()
+        found: dict[str, str] = {}  # text: library
+        for library in _LIBRARIES.split():
+            texts = _paragraphs(library)
+            new = (x for x in texts if 6 <= len(x.split()) <= 80 and x not in found)
+            rows = dict.fromkeys(itertools.islice(new, 300), library)
+            found |= rows if len(rows) >= 100 else {}
+        return Examples([*found], [*found.values()])
     if data == "stackoverflow":
         data = Path(models_dir, "data", "stack-overflow-data.csv")
         if not data.exists():
@@ -521,16 +519,6 @@ def load_examples(
             _download(f"tensorflow-workshop-examples/{data.name}", part_path)
             os.replace(part_path, data)
     return read_examples(data, text_column, label_column)
-
-
-def _read_docstrings() -> Examples:
-    found: dict[str, str] = {}  # text: library
-    for library in _LIBRARIES.split():
-        texts = _paragraphs(library)
-        new = (x for x in texts if 6 <= len(x.split()) <= 80 and x not in found)
-        rows = dict.fromkeys(itertools.islice(new, 300), library)
-        found |= rows if len(rows) >= 100 else {}
-    return Examples([*found], [*found.values()])
 
 
 def _paragraphs(library: str) -> Iterator[str]:  # without the library's own name
@@ -916,6 +904,7 @@ def learn_rate(
 
 CLIP_NORM = 1.0
 _DECAYS, _PRECISIONS = ("exponential", "constant"), ("float32", "bfloat16", "float16")
+_CLASS_WEIGHTS = {"none": 0.0, "sqrt": 0.5, "balanced": 1.0}  # powers of 1 / count
 _WORDS = _EMBEDDINGS[0]
 _Rows = list[tuple[np.ndarray, int]]  # token ids and label id of each text
 
@@ -943,6 +932,9 @@ class TrainConfig:
     label_column: str | None = _field("column of the labels", None, "found")
     test_size: float = _field("share of all rows to test on", 0.1, within=(0, 0.9))
     validation_size: float = _field("share of the rest", 0.1, within=(0, 0.9))
+    class_weight: str = _field("of rare labels", "none", choices=[*_CLASS_WEIGHTS])
+    label_smoothing: float = _field("share of other labels", 0.0, within=(0, 0.9))
+    patience: int = _field("bad epochs, then stop; 0: never", 0, within=(0, 2**20))
     gpu: str | None = _field("index of the GPU", None, "the first, if any")
     precision: str = _field("of matrix products", "float32", choices=_PRECISIONS)
     models_dir: str = _field("folder of pretrained and trained models", "models")
@@ -984,14 +976,16 @@ class _Trainer:  # keeps the epoch with the best validation loss
         # Words in no training text stay: they take a sixth of a small model's time.
         self.used = np.unique(np.concatenate([[0], *(ids for ids, _ in train)]))
         self.train = [(np.searchsorted(self.used, ids), y) for ids, y in train]
+        label_ids = [y for _, y in train]
+        weights = np.bincount(label_ids) ** -_CLASS_WEIGHTS[config.class_weight]
+        self.weights = np.float32(weights / weights[label_ids].mean())  # of labels
         words = tf.Variable(tf.gather(model.variables[_WORDS], self.used))
         self.trained = dataclasses.replace(model)
         self.trained.variables = model.variables | {_WORDS: words}
-        keras, half = tf.keras, model.precision == "float16"
+        scale = (True,) if config.precision == "float16" else (False, 1)
         # Newer optimizers of Keras have no fused kernel.
-        adam = keras.optimizers.legacy.Adam(epsilon=1e-6, global_clipnorm=CLIP_NORM)
-        scale = (True,) if half else (False, 1)
-        self.adam = keras.mixed_precision.LossScaleOptimizer(adam, *scale)
+        adam = tf.keras.optimizers.legacy.Adam(epsilon=1e-6, global_clipnorm=CLIP_NORM)
+        self.adam = tf.keras.mixed_precision.LossScaleOptimizer(adam, *scale)
         self.adam._create_all_weights([*self.trained.variables.values()])
         ids, *rest = (tf.TensorSpec(s, tf.int32) for s in ((None, None), (None,), ()))
         compiled = functools.partial(tf.function, autograph=False)  # once for all sizes
@@ -999,12 +993,12 @@ class _Trainer:  # keeps the epoch with the best validation loss
         self.logits = compiled(model.logits, [ids])
         writer, parts = tf.summary.create_file_writer, ("train", "validation")
         self.writers = {part: writer(str(log_dir / part)) for part in parts}
-        self.step, self.rate, self.seconds, self.best = 0, 0.0, 0.0, (math.inf, {})
+        self.step, self.rate, self.seconds, self.best = 0, 0.0, 0.0, (math.inf, {}, 0)
 
     def fit(self) -> dict:
         """Trains and gives its speed; without validation the last epoch is kept."""
-        tf, n_epochs = _tensorflow(), self.config.n_epochs
-        for epoch in range(1, n_epochs + 1):
+        tf, config = _tensorflow(), self.config
+        for epoch in range(1, config.n_epochs + 1):
             began = time.perf_counter()
             self._epoch(epoch)
             self.seconds += time.perf_counter() - began
@@ -1015,11 +1009,13 @@ class _Trainer:  # keeps the epoch with the best validation loss
                 figures = self._loss_and_accuracy(self.predict(token_ids), label_ids)
                 figures = self._record("validation", figures)
                 log.info("epoch %d: validation %s", epoch, figures)
-                if figures["loss"] < self.best[0]:
-                    self.best = figures["loss"], self.model.weights()
+                if (loss := figures["loss"]) < self.best[0]:
+                    self.best = loss, self.model.weights(), epoch
+                elif 0 < config.patience <= epoch - self.best[2]:
+                    break
         for name, array in self.best[1].items():
             self.model.variables[name].assign(array)
-        speed = n_epochs * len(self.train) / self.seconds
+        speed = epoch * len(self.train) / self.seconds
         return {"train_texts_per_s": speed, "train_seconds": self.seconds}
 
     def _epoch(self, epoch: int) -> None:
@@ -1042,16 +1038,18 @@ class _Trainer:  # keeps the epoch with the best validation loss
         tf, model = _tensorflow(), self.trained
         with tf.GradientTape() as tape:
             noisy = dataclasses.replace(model, seed=tf.stack([self.config.seed, step]))
-            figures = self._loss_and_accuracy(noisy.logits(token_ids), label_ids)
+            how = tf.gather(self.weights, label_ids), self.config.label_smoothing
+            figures = self._loss_and_accuracy(noisy.logits(token_ids), label_ids, *how)
             loss = self.adam.get_scaled_loss(figures["loss"])
         gradients = tape.gradient(loss, [*model.variables.values()])
         gradients = self.adam.get_unscaled_gradients(gradients)
         self._adam_w([*map(tf.convert_to_tensor, gradients)])
         return figures
 
-    def _loss_and_accuracy(self, logits: Any, label_ids: Any) -> dict[str, Any]:
+    def _loss_and_accuracy(self, logits: Any, label_ids: Any, weights=1.0, smoothing=0):
         tf = _tensorflow()
-        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(label_ids, logits)
+        aim, loss = tf.one_hot(label_ids, tf.shape(logits)[-1]), tf.keras.losses
+        losses = weights * loss.categorical_crossentropy(aim, logits, True, smoothing)
         right = tf.cast(tf.argmax(logits, -1, tf.int32) == label_ids, tf.float32)
         return {"loss": tf.reduce_mean(losses), "accuracy": tf.reduce_mean(right)}
 
@@ -1101,14 +1099,14 @@ def plot_confusion_matrix(true: list[str], predicted: list[str], path: Path) -> 
     counts = confusion_matrix(true, predicted, labels=labels)
     shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     names = [" ".join(x.split())[:40].replace("$", r"\$") for x in labels]  # no formula
-    size = min(4 + 0.5 * len(labels), 60)  # inches
+    size = min(4 + 0.35 * len(labels), 60)  # inches
     axes = Figure((size + 2, size), layout="constrained").subplots()
     look = {"cmap": "Blues", "include_values": False, "xticks_rotation": 90}
     look["im_kw"] = {"vmin": 0, "vmax": 100, "alpha": 0.5}  # pale: the notes are black
     ConfusionMatrixDisplay(shares, display_labels=names).plot(ax=axes, **look)
     for row, column in np.argwhere(counts):
         note = f"{shares[row, column]:.0f} %\n{counts[row, column]}"
-        axes.text(column, row, note, ha="center", va="center", fontsize=7)
+        axes.text(column, row, note, ha="center", va="center", fontsize=6)
     axes.figure.savefig(path)
 
 
@@ -1602,8 +1600,8 @@ class ServeConfig:
     trusted_proxies: int = _field("proxies with X-Forwarded-For", 0, within=(0, None))
 
 
-def create_app(classifier: Any, **limits: Any) -> flask.Flask:
-    """A Flask application on a Classifier or its like, with fields of ServeConfig."""
+def create_app(classifier: Any, **limits: Any) -> Any:
+    """A `flask.Flask` on a Classifier or its like, with fields of ServeConfig."""
     return _Api(classifier, ServeConfig(**limits)).app
 
 
@@ -1757,7 +1755,7 @@ class _Api:
         parts = {"code": error.code, "message": str(error), "field": error.field}
         return {"error": parts}, error.status, headers
 
-    def log(self, response: flask.Response) -> flask.Response:
+    def log(self, response: Any) -> Any:
         request, status = self.request, response.status_code
         seconds, route = time.monotonic() - request.started, str(request.url_rule)
         self.metrics.requests.labels(route, status).inc()

@@ -2291,6 +2291,59 @@ def test_the_epoch_with_the_best_validation_loss_is_kept(
     assert not np.array_equal(now["classifier/kernel"], kept[-1]["classifier/kernel"])
 
 
+def test_patience_stops_after_epochs_without_a_better_one(
+    tiny_bert_dir, tmp_path, monkeypatch
+):
+    losses = iter([3.0, 1.0, 2.0, 1.5, 0.1])
+    rows = rows_of([1, 2, 3], [0, 1, 0])
+    trainer = trainer_of(tiny_bert_dir, tmp_path, rows, rows, patience=2)
+    wrong = np.eye(2)[[1 - label_id for _, label_id in rows]]
+    monkeypatch.setattr(trainer, "predict", lambda _: next(losses) * wrong)
+    speed = trainer.fit()
+    assert next(losses) == 0.1 and trainer.step == 4
+    n_texts = speed["train_texts_per_s"] * speed["train_seconds"]
+    assert n_texts == pytest.approx(4 * len(rows))
+
+
+@pytest.mark.parametrize("counts", [[1, 9], [7, 7, 7], [30, 2, 1, 5]])
+@pytest.mark.parametrize(
+    ("kind", "power"), [("none", 0), ("sqrt", 0.5), ("balanced", 1)]
+)
+def test_class_weights_are_powers_of_those_of_scikit_learn(
+    tiny_bert_dir, tmp_path, counts, kind, power
+):
+    from sklearn.utils.class_weight import compute_class_weight
+
+    label_ids = [y for y, n in enumerate(counts) for _ in range(n)]
+    rows = [(np.int32([2, 7, 3]), y) for y in label_ids]
+    weights = trainer_of(tiny_bert_dir, tmp_path, rows, [], class_weight=kind).weights
+    classes = np.arange(len(counts))
+    expected = compute_class_weight("balanced", classes=classes, y=label_ids) ** power
+    np.testing.assert_allclose(weights / weights[0], expected / expected[0], rtol=1e-5)
+    assert weights[label_ids].mean() == pytest.approx(1, rel=1e-5)
+
+
+# The same text with label 0 nine times and with label 1 once: what is the share of 1?
+@pytest.mark.parametrize(
+    ("changes", "share"),
+    [
+        ({}, 0.1),
+        ({"class_weight": "sqrt"}, 0.25),
+        ({"class_weight": "balanced"}, 0.5),
+        ({"label_smoothing": 0.5}, 0.3),
+    ],
+)
+def test_what_is_learnt_follows_class_weight_and_label_smoothing(
+    tiny_bert_dir, tmp_path, changes, share
+):
+    text, given = np.int32([2, 7, 3]), {"n_epochs": 60, "batch_size": 10, **changes}
+    rows = [(text, 0)] * 9 + [(text, 1)]
+    trainer = trainer_of(tiny_bert_dir, tmp_path, rows, [], **given)
+    trainer.fit()
+    found = tf.nn.softmax(trainer.predict([text]))[0, 1]
+    assert float(found) == pytest.approx(share, abs=0.05)
+
+
 def scalars(folder):
     from tensorboard.backend.event_processing import event_accumulator
 
