@@ -6,9 +6,8 @@
 Put your own CSV, one label a text, in place of `docstrings`. TensorFlow fine-tunes and
 ONNX Runtime alone serves. Not covered: several labels, pairs of texts, Windows.
 
-The rooms, each under a banner `# ===`: 1 names and errors, 2 pretrained models,
-3 download, 4 dataset, 5 encoding, 6 model, 7 learning rate, 8 training, 9 evaluation,
-10 artifact, 11 prediction, 12 HTTP, 13 command line.
+Its rooms, one banner each: names and errors, pretrained models, download, dataset,
+encoding, model, learning rate, training, evaluation, artifact, prediction, HTTP, main.
 """
 
 from __future__ import annotations
@@ -531,8 +530,7 @@ def _paragraphs(library: str) -> Iterator[str]:  # without the library's own nam
     own_name = re.compile(rf"(?i)\w*{library.rstrip('2')}\w*")
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for path in paths:
-        # of other people are invalid escapes and whole files that do not parse
-        bad = contextlib.suppress(SyntaxError, ValueError)
+        bad = contextlib.suppress(SyntaxError, ValueError)  # files of other people
         with warnings.catch_warnings(action="ignore"), bad:
             nodes = ast.walk(ast.parse(path.read_bytes()))
             texts = (ast.get_docstring(x) or "" for x in nodes if isinstance(x, kinds))
@@ -639,9 +637,7 @@ class _SentencePiece(Tokenizer):
         return found
 
 
-def load_tokenizer(
-    checkpoint_dir: str | Path, do_lower_case: bool | None = None
-) -> Tokenizer:
+def load_tokenizer(checkpoint_dir: str | Path, do_lower_case=None) -> Tokenizer:
     """The tokenizer of a checkpoint or run; PretrainedError if missing or damaged."""
     folder = Path(checkpoint_dir)
     if not (paths := [*folder.glob("vocab.txt"), *folder.glob("*.model")]):
@@ -807,7 +803,8 @@ class Model:
         y = tf.reshape(tf.transpose(y, (0, 2, 1, 3)), (-1, n_heads * size))
         x = self._add_norm(x, y, f"{name}/attention/output")
         is_tanh = self.config["hidden_act"] == "gelu"
-        y = tf.nn.gelu(self._dense(x, f"{name}/intermediate"), is_tanh)
+        gelu = tf.recompute_grad(lambda y: tf.nn.gelu(y, is_tanh))  # saves memory
+        y = gelu(self._dense(x, f"{name}/intermediate"))
         return self._add_norm(x, y, f"{name}/output")
 
     def _add_norm(self, x: Any, y: Any, name: str) -> Any:
@@ -816,9 +813,7 @@ class Model:
         return self._layer_norm(x + y, f"{name}/LayerNorm")
 
 
-def build_model(
-    checkpoint_dir: str | Path, n_labels: int, load_weights: bool = True
-) -> Model:
+def build_model(checkpoint_dir: str | Path, n_labels: int, load_weights=True) -> Model:
     """A checkpoint's model with a new head; PretrainedError if anything is unfit."""
     tf, config = _tensorflow(), read_config(checkpoint_dir)
     import bert
@@ -958,8 +953,7 @@ class TrainConfig:
             raise TrainingError(f"min_learn_rate {low} is above max_learn_rate {high}")
         return TrainConfig(**values)
 
-    def choose_gpu(self) -> None:
-        """Before TensorFlow computes anything."""
+    def _choose_gpu(self) -> None:  # before TensorFlow computes anything
         config = _tensorflow().config
         gpus = config.list_physical_devices("GPU")
         if self.gpu is not None and self.gpu not in map(str, range(len(gpus))):
@@ -1079,15 +1073,25 @@ class _Trainer:  # keeps the epoch with the best validation loss
 
 
 def evaluate_predictions(true: list[str], predicted: list[str]) -> dict:
-    """`accuracy`, `macro_f1`, `n`; `per_label`: precision, recall, f1 and support."""
-    from sklearn.metrics import accuracy_score, precision_recall_fscore_support
+    """`accuracy`, `macro_f1`, `n`; `per_label`: precision, recall, f1 and support;
+    `intervals` of 95 %: percentiles of bootstrap samples (Efron 1979) of the rows."""
+    from sklearn.metrics import precision_recall_fscore_support
 
+    def scores(t: np.ndarray, p: np.ndarray) -> tuple[float, float]:  # of label ids
+        ids = (t[t == p], np.r_[t, p])
+        right, both = (np.bincount(x, minlength=len(labels)) for x in ids)
+        return np.mean(t == p), np.nanmean(2 * right / np.where(both, both, np.nan))
+
+    labels, rng, n = sorted({*true, *predicted}), np.random.default_rng(0), len(true)
+    pairs = np.array([[*map(labels.index, side)] for side in (true, predicted)])
+    draws = [scores(*pairs[:, rng.integers(n, size=n)]) for _ in range(1000)]
+    intervals = np.percentile(draws, (2.5, 97.5), axis=0).T.tolist()
     table = precision_recall_fscore_support(true, predicted, zero_division=0)
     names = ("precision", "recall", "f1", "support")
     rows = [dict(zip(names, map(float, row))) for row in zip(*table)]
-    accuracy, macro_f1 = accuracy_score(true, predicted), float(np.mean(table[2]))
-    whole = {"accuracy": accuracy, "macro_f1": macro_f1, "n": len(true)}
-    return whole | {"per_label": dict(zip(sorted({*true, *predicted}), rows))}
+    whole = dict(zip(("accuracy", "macro_f1"), scores(*pairs)))
+    whole |= {"n": n, "intervals": dict(zip(whole, intervals))}
+    return whole | {"per_label": dict(zip(labels, rows))}
 
 
 def plot_confusion_matrix(true: list[str], predicted: list[str], path: Path) -> None:
@@ -1186,7 +1190,7 @@ def onnx_model(config: dict, weights: dict[str, np.ndarray]) -> bytes:
     cls_row = (f"Identity (x{i})", f"Gather <axis = 1> (x{i}, first)")
     graph = _ONNX_GRAPH.format_map(config).replace(*cls_row)
     model = parser.parse_model(graph)
-    arrays = [numpy_helper.from_array(weights[name], name) for name in sorted(weights)]
+    arrays = (numpy_helper.from_array(weights[name], name) for name in sorted(weights))
     model.graph.initializer.extend(arrays)
     return model.SerializeToString(deterministic=True)
 
@@ -1205,7 +1209,7 @@ def train(config: TrainConfig, data: Data = None, test: Data = None) -> Path:
     config = config.resolve(len(rest.texts), len(labels))
     path = fetch_pretrained(config.model_name, config.models_dir)
     tokenizer = load_tokenizer(path)
-    config.choose_gpu()
+    config._choose_gpu()
     _tensorflow().random.set_seed(config.seed)
     model = build_model(path, len(labels))
     if config.max_seq_len > (most := model.config["max_position_embeddings"]):
@@ -1375,9 +1379,7 @@ class Classifier:
     session: Any  # of ONNX Runtime
 
     @classmethod
-    def load(
-        cls, run_dir: str | Path | None = None, models_dir: str | Path = "models"
-    ) -> Classifier:
+    def load(cls, run_dir=None, models_dir: str | Path = "models") -> Classifier:
         """A run, by default the latest; ArtifactError unless it answers as trained."""
         run_dir = find_run(run_dir, models_dir)
         place = run_dir / "config.json"

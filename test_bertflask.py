@@ -43,6 +43,7 @@ import jsonschema_rs
 import numpy as np
 import pytest
 import safetensors.numpy
+import scipy.stats
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -2469,6 +2470,35 @@ def test_metrics_equal_those_of_scikit_learn(pairs):
         theirs = report[label]
         theirs["f1"] = theirs.pop("f1-score")
         assert found["per_label"][label] == pytest.approx(theirs)
+
+
+@pytest.mark.parametrize("n", [30, 500])
+def test_intervals_are_those_of_scipys_bootstrap(n):
+    rng = np.random.default_rng(n)
+    true = rng.integers(3, size=n)
+    best = np.where(rng.random(n) < 0.8, true, rng.integers(3, size=n))
+    names = np.array(["a", "b", "c"])
+    found = bertflask.evaluate_predictions([*names[true]], [*names[best]])["intervals"]
+    scores = {"accuracy": metrics.accuracy_score}
+    scores["macro_f1"] = functools.partial(metrics.f1_score, average="macro")
+    for name, score in scores.items():
+        expected = scipy.stats.bootstrap(
+            (true, best), score, paired=True, vectorized=False, n_resamples=1000,
+            method="percentile", rng=1,
+        ).confidence_interval  # fmt: skip
+        np.testing.assert_allclose(found[name], expected, atol=0.05 if n < 99 else 0.01)
+
+
+@given(label_lists)
+def test_intervals_hold_the_truth_and_are_certain_of_what_is_all_right(pairs):
+    true, predicted = map(list, zip(*pairs))
+    found = bertflask.evaluate_predictions(true, predicted)
+    low, high = found["intervals"]["accuracy"]
+    assert low <= found["accuracy"] <= high
+    low, high = found["intervals"]["macro_f1"]
+    assert 0 <= low <= high <= 1
+    right = bertflask.evaluate_predictions(true, true)["intervals"]
+    assert right == {"accuracy": [1, 1], "macro_f1": [1, 1]}
 
 
 def test_a_label_the_model_does_not_know_counts_as_wrong():
