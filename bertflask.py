@@ -471,9 +471,7 @@ def _groups(texts: Iterable[str]) -> list[list[int]]:  # places of equal texts
     return list(groups.values())
 
 
-def split_examples(
-    examples: Examples, test_size: float, seed: int
-) -> tuple[Examples, Examples]:
+def split_examples(examples: Examples, test_size: float, seed: int) -> tuple:
     """(rest, test), by label, equal texts in one; DataError on a bad test_size."""
     if not 0 <= test_size < 1:
         raise DataError(f"test_size is {test_size}; give a share from 0 to below 1")
@@ -949,6 +947,8 @@ class TrainConfig:
         if self.n_epochs is None and recommended:  # little data needs more of them
             enough = math.ceil((200 + 10 * n_labels) * values["batch_size"] / n_rows)
             values["n_epochs"] = max(values["n_epochs"], min(enough, 40))
+        if self.max_learn_rate is None and 0 < n_labels < 10:  # more overshoots
+            values["max_learn_rate"] = min(values["max_learn_rate"], 1.5e-4)
         if (low := values["min_learn_rate"]) > (high := values["max_learn_rate"]):
             raise TrainingError(f"min_learn_rate {low} is above max_learn_rate {high}")
         return TrainConfig(**values)

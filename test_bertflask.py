@@ -2450,6 +2450,17 @@ def test_parameters_resolve_as_given_then_recommended_then_default():
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("given", "n_labels", "rate"),
+    [(None, 2, 1.5e-4), (None, 9, 1.5e-4), (None, 10, 3e-4), (None, 77, 3e-4)]
+    + [(3e-4, 2, 3e-4), (1e-5, 2, 1e-5)],
+)
+def test_with_few_labels_the_recommended_learning_rate_is_lower(given, n_labels, rate):
+    name = "minilm_L-6_H-384_A-12"
+    config = bertflask.TrainConfig(model_name=name, max_learn_rate=given)
+    assert config.resolve(5000, n_labels).max_learn_rate == rate
+
+
 # === 9. Evaluation ===
 
 label_lists = st.lists(st.tuples(*[st.sampled_from("abcd")] * 2), min_size=1)
