@@ -977,7 +977,7 @@ class _Trainer:  # keeps the epoch with the best validation loss
         self.trained = dataclasses.replace(model)
         self.trained.variables = model.variables | {_WORDS: words}
         scale = (True,) if config.precision == "float16" else (False, 1)
-        # Newer optimizers of Keras have no fused kernel.
+        # Keras's newer ones have no fused kernel. With its variables now: one trace.
         adam = tf.keras.optimizers.legacy.Adam(epsilon=1e-6, global_clipnorm=CLIP_NORM)
         self.adam = tf.keras.mixed_precision.LossScaleOptimizer(adam, *scale)
         self.adam._create_all_weights([*self.trained.variables.values()])
@@ -1042,8 +1042,8 @@ class _Trainer:  # keeps the epoch with the best validation loss
 
     def _loss_and_accuracy(self, logits: Any, label_ids: Any, weights=1.0, smoothing=0):
         tf = _tensorflow()
-        aim, loss = tf.one_hot(label_ids, tf.shape(logits)[-1]), tf.keras.losses
-        losses = weights * loss.categorical_crossentropy(aim, logits, True, smoothing)
+        aim, keras = tf.one_hot(label_ids, tf.shape(logits)[-1]), tf.keras.losses
+        losses = weights * keras.categorical_crossentropy(aim, logits, True, smoothing)
         right = tf.cast(tf.argmax(logits, -1, tf.int32) == label_ids, tf.float32)
         return {"loss": tf.reduce_mean(losses), "accuracy": tf.reduce_mean(right)}
 
@@ -1385,10 +1385,10 @@ class Classifier:
         place = run_dir / "config.json"
         config = _read_object(place, ArtifactError, **_MANIFEST_TYPES)
         if (found := config["format"]) != FORMAT:
-            raise ArtifactError(f"{place}: format {found}, this one reads {FORMAT}")
+            raise ArtifactError(f"{place}: format {found}, bertflask reads {FORMAT}")
         size = config["max_seq_len"]
         if {*map(type, config["labels"])} != {str} or not 3 <= size <= 2**16:
-            raise ArtifactError(f"{place}: labels or max_seq_len that cannot be")
+            raise ArtifactError(f"{place}: bad labels or max_seq_len; train anew")
         for name in (*_SERVED_FILES, _VOCAB_NAMES.get(config["model_type"], "?")):
             path = run_dir / name
             if path.is_symlink() or not path.is_file():  # a link may lead elsewhere
@@ -1801,8 +1801,7 @@ class _Api:
 
 
 def _number(text: str) -> int | float:  # 2.0 is an integer in JSON Schema
-    number = float(text)
-    return int(number) if number.is_integer() else number
+    return int(number) if (number := float(text)).is_integer() else number
 
 
 @functools.cache
@@ -1947,6 +1946,7 @@ def _evaluate_command(data: str, run_dir: str | None, **place: str | None) -> No
     if unknown := Counter(x for x in examples.labels if x not in classifier.labels):
         log.warning("the model does not know, so counted as wrong: %s", dict(unknown))
     metrics = evaluate_predictions(examples.labels, predicted)
+    log.info("95 %% intervals: %s", metrics["intervals"])
     click.echo(json.dumps({key: metrics[key] for key in ("accuracy", "macro_f1", "n")}))
 
 
