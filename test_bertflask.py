@@ -4,6 +4,7 @@ import base64
 import contextlib
 import csv
 import dataclasses
+import fcntl
 import functools
 import gc
 import hashlib
@@ -37,6 +38,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Semaphore
 from types import SimpleNamespace
+from unittest import mock
 
 import h5py
 import jsonschema_rs
@@ -1143,14 +1145,14 @@ def test_of_two_columns_the_unknown_one_is_the_other(read):
 @pytest.mark.parametrize(
     "content, columns, problem",
     [
-        ("foo,bar\na,x\nb,y\n", (), "name .* not clear among 'foo', 'bar'$"),
-        ("foo,bar,baz\na,x,x\nb,x,x\n", (), "name .* not clear .* 'foo', 'bar', 'baz'"),
+        ("foo,bar\na,x\nb,y\n", (), r"name .* not clear among \['foo', 'bar'\]$"),
+        ("foo,bar,baz\na,x,x\nb,x,x\n", (), "name .* not clear .*'foo', 'bar', 'baz'"),
         (
             "message,review,label\na,b,x\n",
             (),
             "name .* not clear .*'message', 'review'",
         ),
-        ("text|label\na|x\nb|x\n", (), r"name .* not clear .* 'text\|label'"),
+        ("text|label\na|x\nb|x\n", (), r"name .* not clear .*'text\|label'"),
         ("text,label\na,x\n", ("label",), "name .* not clear"),
         ("text,label\na,x\n", ("body",), "0 columns are named 'body'; choose one of"),
         ("text,a,a\na,x,x\n", (None, "a"), "2 columns are named 'a'; choose one of"),
@@ -1213,7 +1215,7 @@ def test_texts_without_labels_are_refused():
 
 def test_label_with_one_row_is_reported():
     found = check_examples(Examples(list("abc"), ["y", "rust", "y"]))
-    assert found[1:] == ["1 labels have one row, never tested: 'rust'"]
+    assert found[1:] == ["1 labels have one row, never tested: ['rust']"]
 
 
 DOUBTFUL = Examples(
@@ -1227,7 +1229,7 @@ DOUBTFUL = Examples(
     "finding",
     [
         "7 rows, 4 labels, baseline 42.9% ('y')",
-        "2 labels have one row, never tested: 'Y', 'z'",
+        "2 labels have one row, never tested: ['Y', 'z']",
         "1 texts come again, first in lines [2, 5, 8]",
         "1 texts have several labels, first in lines [2, 5, 8]",
         "1 texts differ in case and signs alone, first in lines [3, 9]",
@@ -2188,27 +2190,35 @@ def tiny_config(tiny_bert_dir, models_dir, **changes):
     return bertflask.TrainConfig(**{**defaults, **paths, **changes})
 
 
-def test_adamw_equals_the_one_of_keras():
+def test_the_trainer_steps_as_adamw_of_keras_with_clipping(tiny_dir, tmp_path):
     import tf_keras
 
-    values = {"kernel": np.float32([[1, -2], [3, 4]]), "bias": np.float32([5, 6])}
-    ours = {name: tf.Variable(value) for name, value in values.items()}
-    theirs = {name: tf.Variable(value, name=name) for name, value in values.items()}
-    keras = tf_keras.optimizers.AdamW(0.1, 0.01, epsilon=1e-6, jit_compile=False)
-    keras.exclude_from_weight_decay(var_names=["bias"])
-    keras.build(list(theirs.values()))
-    trainer = SimpleNamespace(trained=SimpleNamespace(variables=ours))
-    trainer.adam = tf_keras.optimizers.legacy.Adam(0.1, epsilon=1e-6)
-    rng = np.random.default_rng(0)
-    for _ in range(5):
-        gradients = {
-            name: tf.constant(rng.normal(size=value.shape), tf.float32)
-            for name, value in values.items()
-        }
-        bertflask._Trainer._adam_w(trainer, gradients.values())
-        keras.apply_gradients((gradients[name], theirs[name]) for name in values)
-    for name in values:
-        np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5)
+    ids, label_ids = np.int64([[2, 5, 6, 3], [2, 7, 3, 0]]), np.int32([0, 1])
+    rows = [(row[row > 0], y) for row, y in zip(ids, label_ids)]
+    trainer = trainer_of(tiny_dir, tmp_path, rows, [])
+    ours, tokens = trainer.trained.variables, np.searchsorted(trainer.used, ids)
+    theirs = {
+        name: tf.Variable(v, name=name.split("/")[-1]) for name, v in ours.items()
+    }
+    keras = tf_keras.optimizers.AdamW(0.01, 0.01, epsilon=1e-6, jit_compile=False)
+    keras.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
+    keras.build([*theirs.values()])
+    trainer.adam.learning_rate = 0.01
+    for step in range(5):
+        with tf.GradientTape() as tape:
+            noisy = dataclasses.replace(trainer.model, variables=theirs)
+            noisy.seed = tf.constant([0, step])
+            logits = noisy.logits(tokens)
+            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(label_ids, logits)
+            loss = tf.reduce_mean(losses)
+        gradients = map(tf.convert_to_tensor, tape.gradient(loss, [*theirs.values()]))
+        clipped, _ = tf.clip_by_global_norm([*gradients], 1.0)
+        keras.apply_gradients(zip(clipped, theirs.values()))
+        trainer.train_step(tokens, label_ids, step)
+    for name in ours:
+        np.testing.assert_allclose(
+            ours[name], theirs[name], rtol=1e-6, atol=3e-5, err_msg=name
+        )
 
 
 def trainer_of(checkpoint_dir, log_dir, *rows, **changes):
@@ -2815,9 +2825,186 @@ def test_a_run_that_fails_leaves_the_last_model_serving(
 
 def test_two_runs_in_the_same_second_get_folders_of_their_own(tmp_path):
     config = TrainConfig(model_name="owner/name", models_dir=str(tmp_path))
-    first, second = (bertflask._make_run_dir(config) for _ in range(2))
+    rows = [Examples(["a", "b"], ["0", "1"])] * 2
+    first, second = (bertflask._make_run_dir(config, *rows) for _ in range(2))
     assert first != second and first.is_dir() and second.is_dir()
     assert first.name.endswith("_owner--name.unfinished")
+
+
+# --- resume ---
+
+
+class StopError(Exception):
+    """As good as a power cut, in this process."""
+
+
+@pytest.fixture(scope="module")
+def whole_run(tiny_dir, examples, tmp_path_factory):
+    """A run that was never stopped, of either kind of model; 12 steps."""
+    models_dir = tmp_path_factory.mktemp("whole")
+    return bertflask.train(tiny_config(tiny_dir, models_dir), examples)
+
+
+def stop_at(step, monkeypatch):
+    learn_rate = bertflask.learn_rate
+
+    def learn_rate_or_stop(now, *args):
+        if now == step:
+            raise StopError
+        return learn_rate(now, *args)
+
+    monkeypatch.setattr(bertflask, "learn_rate", learn_rate_or_stop)
+
+
+def resume(run_dir="latest", models_dir="models"):
+    config = bertflask.TrainConfig(resume=str(run_dir), models_dir=str(models_dir))
+    return bertflask.train(config)
+
+
+def digests(run_dir):
+    names = ("model.onnx", "golden.json", bertflask._VOCAB_NAMES["bert"])
+    names += ("model.weights.h5", "confusion_matrix.png")
+    return {x: bertflask._digest(run_dir / x) for x in names if (run_dir / x).exists()}
+
+
+@pytest.mark.parametrize("minutes", [0.0, 10.0])
+@pytest.mark.parametrize("steps", [[0], [1, 4], [6], [7, 11]])
+def test_a_resumed_run_ends_as_one_that_was_never_stopped(
+    tiny_dir, examples, whole_run, tmp_path, monkeypatch, steps, minutes
+):
+    config = tiny_config(tiny_dir, tmp_path, checkpoint_minutes=minutes)
+    go_on = functools.partial(bertflask.train, config, examples)
+    for step in steps:
+        with monkeypatch.context() as patch, pytest.raises(StopError):
+            stop_at(step, patch)
+            go_on()
+        assert not (tmp_path / bertflask.LATEST).exists()
+        config = bertflask.TrainConfig(resume="latest", models_dir=str(tmp_path))
+        go_on = functools.partial(bertflask.train, config)
+    run_dir = go_on()
+    assert digests(run_dir) == digests(whole_run)
+    ours, theirs = (json.loads((x / "metrics.json").read_text())
+                    for x in (run_dir, whole_run))  # fmt: skip
+    assert ours["per_label"] == theirs["per_label"]
+    assert not (run_dir / "checkpoint").exists()
+    assert bertflask.find_run(None, tmp_path) == run_dir
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1])
+def test_a_run_that_was_stopped_after_its_training_is_only_finished(
+    tiny_bert_dir, examples, tmp_path, monkeypatch, share
+):
+    tiny = functools.partial(tiny_config, tiny_bert_dir, validation_size=share)
+    whole = bertflask.train(tiny(models_dir=tmp_path / "a"), examples)
+    with monkeypatch.context() as patch, pytest.raises(StopError):
+        patch.setattr(bertflask, "onnx_model", mock.Mock(side_effect=StopError))
+        bertflask.train(tiny(models_dir=tmp_path / "b"), examples)
+    monkeypatch.setattr(bertflask._Trainer, "_epoch", None)
+    assert digests(resume(models_dir=tmp_path / "b")) == digests(whole)
+
+
+@pytest.fixture
+def stopped_run(tiny_bert_dir, examples, tmp_path, monkeypatch):
+    """The folder of a run that was stopped at its third step."""
+    config = tiny_config(tiny_bert_dir, tmp_path / "models", checkpoint_minutes=0.0)
+    with monkeypatch.context() as patch, pytest.raises(StopError):
+        stop_at(2, patch)
+        bertflask.train(config, examples)
+    (run_dir,) = (tmp_path / "models" / "trained").iterdir()
+    return run_dir
+
+
+def test_a_run_in_training_cannot_be_resumed_beside_it(stopped_run):
+    with (stopped_run / bertflask._START).open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(bertflask.TrainingError, match="is in training"):
+            resume(stopped_run, stopped_run.parents[1])
+    finished = resume(stopped_run, stopped_run.parents[1])
+    assert bertflask.Classifier.load(finished).labels
+
+
+def test_without_an_unfinished_run_resume_is_one_clear_error(run_dir, tmp_path):
+    for name in ("latest", run_dir):
+        with pytest.raises(bertflask.TrainingError, match="is no unfinished run"):
+            resume(name, tmp_path)
+
+
+def test_a_full_disk_ends_with_one_line_and_a_run_that_resumes(
+    tiny_bert_dir, examples, tmp_path, monkeypatch
+):
+    error = tf.errors.ResourceExhaustedError(None, None, "No space left on device")
+    save = mock.Mock(side_effect=error)
+    with monkeypatch.context() as patch:
+        patch.setattr(tf.train.CheckpointManager, "save", save)
+        with pytest.raises(bertflask.TrainingError, match="No space left") as caught:
+            bertflask.train(tiny_config(tiny_bert_dir, tmp_path), examples)
+    assert "train --resume" in str(caught.value) and "\n" not in str(caught.value)
+    assert bertflask.Classifier.load(resume(models_dir=tmp_path)).labels
+
+
+def start_training(model_dir, models_dir, *flags):
+    command = [sys.executable, bertflask.__file__, "train", *flags]
+    command += ["--models-dir", str(models_dir)]
+    if not flags or "--resume" not in flags:
+        command += ["--model-name", str(model_dir), "--checkpoint-minutes", "0"]
+        command += ["--n-epochs", "4", "--batch-size", "8", "--max-seq-len", "16"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, **pipes)
+
+
+@pytest.fixture
+def csv_path(examples, tmp_path):
+    path = tmp_path / "texts.csv"
+    with path.open("w", newline="") as file:
+        rows = zip(examples.texts, examples.labels)
+        csv.writer(file).writerows([("text", "label"), *rows])
+    return path
+
+
+def checkpoints(models_dir):
+    return {path.name for path in models_dir.glob("trained/*/checkpoint/ckpt-*.index")}
+
+
+def wait_for_checkpoint(models_dir, process, seen=frozenset()):
+    for _ in range(6000):
+        if checkpoints(models_dir) - seen:
+            return
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    raise AssertionError("no checkpoint after a minute")
+
+
+def test_sigterm_ends_a_training_with_one_line_and_it_resumes(
+    tiny_bert_dir, csv_path, tmp_path
+):
+    with start_training(tiny_bert_dir, tmp_path, str(csv_path)) as process:
+        wait_for_checkpoint(tmp_path, process)
+        process.terminate()
+        *_, last = process.communicate()[1].splitlines()
+    assert (process.returncode, last) == (130, "interrupted")
+    with start_training(None, tmp_path, "--resume") as process:
+        answer, log = process.communicate()
+    assert process.returncode == 0, log
+    run_dir = json.loads(answer)["run_dir"]
+    assert bertflask.Classifier.load(run_dir).labels
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_steps_changes_nothing(tiny_dir, csv_path, tmp_path):
+    with start_training(tiny_dir, tmp_path / "whole", str(csv_path)) as process:
+        whole_dir = json.loads(process.communicate()[0])["run_dir"]
+    flags, rng, models_dir = [str(csv_path)], np.random.default_rng(), tmp_path / "b"
+    for _ in range(3):
+        seen = checkpoints(models_dir)
+        with start_training(tiny_dir, models_dir, *flags) as process:
+            wait_for_checkpoint(models_dir, process, seen)
+            time.sleep(rng.uniform(0, 0.1))
+            process.kill()
+        assert not (models_dir / bertflask.LATEST).exists()
+        flags = ["--resume"]
+    with start_training(tiny_dir, models_dir, *flags) as process:
+        run_dir = json.loads(process.communicate()[0])["run_dir"]
+    assert digests(Path(run_dir)) == digests(Path(whole_dir))
 
 
 TRAIN_TINY = """
@@ -3658,7 +3845,7 @@ def test_a_bug_is_a_500_without_internals(error, caplog):
     record = next(r for r in caplog.records if r.levelname == "ERROR")
     assert response.headers["X-Request-Id"] in record.getMessage()
     assert type(error).__name__ in record.getMessage()
-    assert "in predict" in record.getMessage() and "S3cret" not in caplog.text
+    assert "in predict" in caplog.text and "S3cret" not in caplog.text
 
 
 def test_an_unknown_limit_is_a_type_error():
@@ -5033,7 +5220,7 @@ def test_predict_changes_no_cell_of_any_table(fakes, tmp_path_factory, rows):
         (["in.csv", "no/out.csv"], "No such file or directory"),
         (["none.csv", "out.csv"], "cannot read none.csv: [Errno 2] No such file"),
         ([".", "out.csv"], "Is a directory"),
-        (["two.csv", "out.csv"], "two.csv: choose --text-column among 'a', 'b'"),
+        (["two.csv", "out.csv"], "two.csv: choose --text-column among ['a', 'b']"),
         (["two.csv", "out.csv", "--text-column", "c"], "0 columns are named 'c'"),
         (
             ["ragged.csv", "out.csv"],
@@ -5219,7 +5406,7 @@ def readme_folder(tmp_path_factory, tiny_bert_dir, examples):
     ):
         with open(folder / name, "w", newline="") as file:
             csv.writer(file).writerows([("text", "label"), *part])
-    (train_line,) = [line for line in readme_lines("python ") if " train " in line]
+    train_line, _ = readme_lines("python bertflask.py train ")
     line = train_line.replace(MINILM, f"{tiny_bert_dir} --max-seq-len 16 --n-epochs 2")
     done = run_in(folder, line)
     assert done.returncode == 0, done.stderr
@@ -5233,6 +5420,13 @@ def test_the_commands_of_the_readme_work(readme_folder, command):
     (line,) = readme_lines(f"python bertflask.py {command} ")
     done = run_in(readme_folder, line)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_resume_of_the_readme_finds_nothing_after_a_finished_run(readme_folder):
+    _, line = readme_lines("python bertflask.py train ")
+    done = run_in(readme_folder, line)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: latest is no unfinished run; train anew: ")
 
 
 def test_the_python_of_the_readme_works(readme_folder):
