@@ -220,17 +220,17 @@ def _fetch(source: str, stage_dir: Path) -> dict[str, str]:
 
 
 def _one_line(error: object) -> str:
-    return " ".join(str(error).split())[:200] or repr(error)
+    return " ".join(re.sub("{{.*?}}", "", str(error)).split())[:200] or repr(error)
 
 
 @contextlib.contextmanager
-def _raising(kind: type[BertFlaskError], words: str) -> Iterator[None]:
-    """Makes one error of what a library raises, whose errors share no base class."""
+def _raising(kind: type[BertFlaskError], words: str, of=Exception) -> Iterator[None]:
+    """Makes one error of what a library raises, whose errors often share no class."""
     try:
         yield
     except BertFlaskError:
         raise
-    except Exception as error:
+    except of as error:
         raise kind(f"{words}: {_one_line(error)}") from error
 
 
@@ -881,7 +881,7 @@ _WORDS = _EMBEDDINGS[0]
 
 
 def _field(help: str, default: Any, else_: Any = None, within=(), **more) -> Any:
-    """A field: `within` are bounds, `else_` what None is, `more` choices or bare."""
+    """A field: `within` are bounds, `else_` what None means; `more`: choices, bare."""
     metadata = {"help": help, "else_": else_, "within": within, **more}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -908,7 +908,7 @@ class TrainConfig:
     patience: int = _field("bad epochs, then stop; 0: never", 0, within=(0, 2**20))
     gpu: str | None = _field("index of the GPU", None, "the first, if any")
     precision: str = _field("of matrix products", "float32", choices=_PRECISIONS)
-    resume: str | None = _field("end RUN, or the latest", None, "none", bare="latest")
+    resume: str | None = _field("go on with RUN or latest", None, "none", bare="latest")
     checkpoint_minutes: float = _field("between checkpoints", 10.0, within=(0, 1e6))
     models_dir: str = _field("folder of pretrained and trained models", "models")
 
@@ -1000,28 +1000,28 @@ class _Trainer:  # goes on from the run's last checkpoint; keeps the best epoch
         from tqdm import tqdm
 
         config, rng = self.config, np.random.default_rng([self.config.seed, epoch - 1])
-        began, lengths = time.perf_counter(), [len(ids) for ids, _ in self.train]
+        lengths = [len(ids) for ids, _ in self.train]
         batches = batches_by_length(lengths, config.batch_size, rng)
         n_steps, high = config.n_epochs * len(batches), config.max_learn_rate
         low = high if config.schedule == "constant" else config.min_learn_rate
         limits = (n_steps, high, low, config.warmup_proportion)
         batches = batches[self.step % len(batches) :]  # those still to come
         for batch in (bar := tqdm(batches, f"epoch {epoch}/{config.n_epochs}")):
+            if time.perf_counter() - self.saved > 60 * config.checkpoint_minutes:
+                self._save()
+            began = time.perf_counter()
             token_ids, label_ids = zip(*(self.train[i] for i in batch))
             self.adam.learning_rate = self.rate = learn_rate(self.step, *limits)
             figures = self.train_step(pad(token_ids), np.array(label_ids), self.step)
             bar.set_postfix(self._record("train", figures))
-            self.step, now = self.step + 1, time.perf_counter()
-            self.seconds, began = self.seconds + now - began, now
-            if now - self.saved > 60 * config.checkpoint_minutes:
-                self._save()
+            self.step += 1
+            self.seconds += time.perf_counter() - began
 
     def _save(self, is_best: bool = False) -> None:
         self.numbers.assign([self.step, self.seconds, *self.best])
-        with _raising(TrainingError, "no checkpoint; make room, then train --resume"):
-            if is_best:
-                self.kept.write(f"{self.checkpoints.directory}/best")
-            self.checkpoints.save()
+        if is_best:
+            self.kept.write(f"{self.checkpoints.directory}/best")
+        self.checkpoints.save()
         self.saved = time.perf_counter()
 
     def _train_step(self, token_ids: Any, label_ids: Any, step: Any) -> Any:
@@ -1191,8 +1191,8 @@ def train(config: TrainConfig, data: Data = None, test: Data = None) -> Path:
     Without `data` it takes Stack Overflow posts, without `test` a part of `data`; to
     resume, the parameters and rows that the run has."""
     run_dir = None
-    if config.resume:
-        run_dir, config, data, test = _unfinished_run(config)
+    if config.resume is not None:
+        run_dir, config, data, test = _unfinished(config)
     config.resolve()  # whose errors come before any data
     columns = (config.text_column, config.label_column, config.models_dir)
     rest = load_examples("stackoverflow" if data is None else data, *columns)
@@ -1215,11 +1215,13 @@ def train(config: TrainConfig, data: Data = None, test: Data = None) -> Path:
     parts = split_examples(rest, config.validation_size, config.seed)
     rows = [[*zip(encode(x.texts), map(labels.index, x.labels))] for x in parts]
     run_dir = run_dir or _make_run_dir(config, rest, held_out)
-    with (run_dir / _START).open() as lock_file:
-        with _raising(TrainingError, f"{run_dir} is in training; wait, or stop it"):
+    with (run_dir / _START).open("r+") as lock_file:
+        with _raising(TrainingError, f"cannot lock {run_dir}; is it in training?"):
             fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        trainer = _Trainer(config, model, run_dir, *rows)
-        metrics = trainer.fit() | {"accuracy": None, "macro_f1": None}
+        words = f"{run_dir} has stopped; give it room, then train --resume goes on"
+        with _raising(TrainingError, words, _tensorflow().errors.OpError):
+            trainer = _Trainer(config, model, run_dir, *rows)
+            metrics = trainer.fit() | {"accuracy": None, "macro_f1": None}
         if held_out.texts:
             best = trainer.predict(encode(held_out.texts)).argmax(-1)
             pair = (held_out.labels, [labels[i] for i in best])
@@ -1229,15 +1231,15 @@ def train(config: TrainConfig, data: Data = None, test: Data = None) -> Path:
         return _finish(run_dir, model, tokenizer, config, rest, metrics)
 
 
-def _unfinished_run(
-    config: TrainConfig,
-) -> tuple[Path, TrainConfig, Examples, Examples]:
-    runs = sorted(Path(config.models_dir, "trained").glob("*.unfinished"))
-    run_dir = Path(runs[-1] if runs and config.resume == "latest" else config.resume)
-    with _raising(TrainingError, f"{run_dir} is no unfinished run; train anew"):
-        start = json.loads((run_dir / _START).read_bytes())
-    config = TrainConfig(**start["config"] | {"models_dir": config.models_dir})
-    return run_dir, config, Examples(**start["rest"]), Examples(**start["held_out"])
+def _unfinished(config: TrainConfig) -> tuple[Path, TrainConfig, Examples, Examples]:
+    starts = sorted(Path(config.models_dir, "trained").glob(f"*.unfinished/{_START}"))
+    is_latest = starts and config.resume == "latest"
+    path = (starts[-1] if is_latest else Path(config.resume, _START)).resolve()
+    with _raising(TrainingError, f"no unfinished run {config.resume!r}; train anew"):
+        start = json.loads(path.read_bytes())
+        given = start["config"] | {"models_dir": str(path.parents[3])}
+        rows = (Examples(**start[part]) for part in ("rest", "held_out"))
+        return path.parents[1], TrainConfig(**given), *rows
 
 
 def _make_run_dir(config: TrainConfig, rest: Examples, held_out: Examples) -> Path:
@@ -1247,7 +1249,7 @@ def _make_run_dir(config: TrainConfig, rest: Examples, held_out: Examples) -> Pa
     with contextlib.suppress(FileExistsError):
         run_dir.joinpath(_START).parent.mkdir(parents=True)
         start = {"config": vars(config), "rest": vars(rest), "held_out": vars(held_out)}
-        _write_json(run_dir / _START, start)
+        (run_dir / _START).write_text(json.dumps(start))  # ASCII: takes any text
         return run_dir
     time.sleep(0.2)  # the second is taken by another run
     return _make_run_dir(config, rest, held_out)
@@ -1258,9 +1260,8 @@ def _finish(run_dir: Path, model: Model, tokenizer, config, rest, metrics) -> Pa
 
     sizes, kind, weights = model.config, model.config["model_type"], model.weights()
     digest = hashlib.sha256(json.dumps([rest.texts, rest.labels]).encode())
-    manifest = {"format": FORMAT, "model_type": kind, **vars(config)}
-    manifest["labels"] = sorted({*rest.labels})
-    manifest["do_lower_case"] = tokenizer.do_lower_case
+    manifest = {"format": FORMAT, "model_type": kind, "labels": sorted({*rest.labels})}
+    manifest |= {**vars(config), "do_lower_case": tokenizer.do_lower_case}
     made = time.strptime(run_dir.name[:14], "%Y%m%d%H%M%S")
     manifest["trained_at"] = time.strftime("%Y-%m-%d %H:%M:%S", made)
     manifest["metrics"] = {key: metrics[key] for key in ("accuracy", "macro_f1")}
@@ -1285,7 +1286,7 @@ def _finish(run_dir: Path, model: Model, tokenizer, config, rest, metrics) -> Pa
     latest = {key: manifest[key] for key in ("model_type", "max_seq_len")}
     latest["model_dir"] = f"trained/{final_dir.name}"
     _write_json(final_dir.parent.with_name(LATEST), latest)
-    shutil.rmtree(final_dir / "checkpoint")
+    shutil.rmtree(final_dir / "checkpoint", ignore_errors=True)  # it is locked: NFS
     return final_dir
 
 
@@ -1293,7 +1294,7 @@ def _finish(run_dir: Path, model: Model, tokenizer, config, rest, metrics) -> Pa
 def _replacing(path: Path) -> Iterator[TextIO]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("w", -1, "utf-8", "surrogatepass", "") as file:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -1865,9 +1866,8 @@ def _serve_here(listener, ready, config, run_dir, models_dir) -> None:
         signal.signal(number, lambda *_: setattr(api, "draining", True))
     threading.Thread(target=api.watch, args=(load, latest), daemon=True).start()
     ready[0] = 1
-    url = "http://{}:{}".format(*listener.getsockname())
-    curl = f"""curl {url}/predict -d '{{"x": ["a text"]}}'"""
-    log.info("ready: %s serves %s; try: %s", url, api.model.name, curl)
+    curl = """curl http://{}:{}/predict -d '{{"x": ["a text"]}}'"""
+    log.info("ready: %s; try: %s", api.model.name, curl.format(*listener.getsockname()))
     while not api.draining:
         turn()
     api.drain(server, turn)
@@ -1887,7 +1887,7 @@ def _flag(field: dataclasses.Field) -> click.Option:
     elif within := meta["within"]:
         kind = {int: click.IntRange, float: click.FloatRange}[type(default)](*within)
     options = {"type": kind, "default": default, "is_flag": default is False}
-    options["flag_value"] = meta.get("bare", default is False or None)
+    options |= {"flag_value": meta["bare"]} if "bare" in meta else {}
     return click.Option(names, show_default=shown or True, help=meta["help"], **options)
 
 
@@ -1986,8 +1986,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except click.Abort:
         click.echo("interrupted", err=True)
         return 130
-    except click.UsageError as error:
-        words = f"{error.format_message()} (see {error.ctx.command_path} --help)"
+    except click.UsageError as e:
+        words = f"{e.format_message()}: see {getattr(e.ctx, 'command_path', '')} --help"
     except ModuleNotFoundError as error:
         words = f"{error.name} is not installed; install requirements.txt"
     except (BertFlaskError, OSError) as error:

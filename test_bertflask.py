@@ -4,15 +4,16 @@ import base64
 import contextlib
 import csv
 import dataclasses
-import fcntl
 import functools
 import gc
 import hashlib
 import http.client
 import importlib.metadata
 import io
+import itertools
 import json
 import logging
+import math
 import os
 import queue
 import random
@@ -2890,6 +2891,32 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(
     assert bertflask.find_run(None, tmp_path) == run_dir
 
 
+@pytest.mark.parametrize(
+    "where, share, epoch",
+    [
+        *itertools.product(["_save"], [0.0, 0.1], [1, 2]),
+        *itertools.product(["predict"], [0.1], [1, 2]),
+    ],
+)
+def test_a_run_that_was_stopped_after_an_epoch_ends_as_any_other(
+    tiny_bert_dir, examples, tmp_path, monkeypatch, where, share, epoch
+):
+    tiny = functools.partial(tiny_config, tiny_bert_dir, validation_size=share)
+    whole = bertflask.train(tiny(models_dir=tmp_path / "a"), examples)
+    original = getattr(bertflask._Trainer, where)
+
+    def stop(trainer, *args, **kwargs):
+        if trainer.step == epoch * math.ceil(len(trainer.train) / 8):
+            raise StopError
+        return original(trainer, *args, **kwargs)
+
+    config = tiny(models_dir=tmp_path / "b", checkpoint_minutes=0.0)
+    with monkeypatch.context() as patch, pytest.raises(StopError):
+        patch.setattr(bertflask._Trainer, where, stop)
+        bertflask.train(config, examples)
+    assert digests(resume(models_dir=tmp_path / "b")) == digests(whole)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.1])
 def test_a_run_that_was_stopped_after_its_training_is_only_finished(
     tiny_bert_dir, examples, tmp_path, monkeypatch, share
@@ -2914,28 +2941,60 @@ def stopped_run(tiny_bert_dir, examples, tmp_path, monkeypatch):
     return run_dir
 
 
-def test_a_run_in_training_cannot_be_resumed_beside_it(stopped_run):
-    with (stopped_run / bertflask._START).open() as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(bertflask.TrainingError, match="is in training"):
-            resume(stopped_run, stopped_run.parents[1])
-    finished = resume(stopped_run, stopped_run.parents[1])
-    assert bertflask.Classifier.load(finished).labels
-
-
-def test_without_an_unfinished_run_resume_is_one_clear_error(run_dir, tmp_path):
-    for name in ("latest", run_dir):
-        with pytest.raises(bertflask.TrainingError, match="is no unfinished run"):
-            resume(name, tmp_path)
-
-
-def test_a_full_disk_ends_with_one_line_and_a_run_that_resumes(
+def test_a_run_in_training_cannot_be_resumed_beside_it(
     tiny_bert_dir, examples, tmp_path, monkeypatch
 ):
-    error = tf.errors.ResourceExhaustedError(None, None, "No space left on device")
-    save = mock.Mock(side_effect=error)
+    epoch, refused = bertflask._Trainer._epoch, []
+
+    def resume_beside(*args):
+        with pytest.raises(bertflask.TrainingError, match="is it in training"):
+            resume(models_dir=tmp_path)
+        refused.append(True)
+        epoch(*args)
+
+    monkeypatch.setattr(bertflask._Trainer, "_epoch", resume_beside)
+    run_dir = bertflask.train(tiny_config(tiny_bert_dir, tmp_path), examples)
+    assert bertflask.Classifier.load(run_dir).labels and refused == [True, True]
+
+
+def test_a_run_is_resumed_where_it_lies(stopped_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(stopped_run)
+    assert resume(".") == bertflask.find_run(None, tmp_path / "models")
+
+
+def test_the_latest_run_is_the_last_that_can_go_on(stopped_run):
+    stopped_run.with_name("30000101000000_empty.unfinished").mkdir()
+    finished = resume(models_dir=stopped_run.parents[1])
+    assert finished.name == stopped_run.stem
+
+
+@pytest.mark.parametrize("name", ["latest", "", "texts.csv"])
+def test_without_an_unfinished_run_resume_is_one_clear_error(tmp_path, name):
+    with pytest.raises(bertflask.TrainingError, match=f"no unfinished run '{name}'"):
+        resume(name, tmp_path)
+
+
+def test_a_finished_run_cannot_be_resumed(run_dir):
+    with pytest.raises(bertflask.TrainingError, match="no unfinished run .*train anew"):
+        resume(run_dir)
+
+
+def test_a_run_of_another_version_is_one_clear_error(stopped_run):
+    path = stopped_run / bertflask._START
+    start = json.loads(path.read_text())
+    path.write_text(json.dumps(start | {"config": {"unknown": 1}}))
+    with pytest.raises(bertflask.TrainingError, match="no unfinished run .*unknown"):
+        resume(stopped_run)
+
+
+@pytest.mark.parametrize("name", ["save", "restore_or_initialize"])
+def test_a_full_disk_ends_with_one_line_and_a_run_that_resumes(
+    tiny_bert_dir, examples, tmp_path, monkeypatch, name
+):
+    words = "{{function_node __wrapped__SaveV2_" + 300 * "x" + "}} No space left [Op:x]"
+    error = tf.errors.ResourceExhaustedError(None, None, words)
     with monkeypatch.context() as patch:
-        patch.setattr(tf.train.CheckpointManager, "save", save)
+        patch.setattr(tf.train.CheckpointManager, name, mock.Mock(side_effect=error))
         with pytest.raises(bertflask.TrainingError, match="No space left") as caught:
             bertflask.train(tiny_config(tiny_bert_dir, tmp_path), examples)
     assert "train --resume" in str(caught.value) and "\n" not in str(caught.value)
@@ -2945,7 +3004,7 @@ def test_a_full_disk_ends_with_one_line_and_a_run_that_resumes(
 def start_training(model_dir, models_dir, *flags):
     command = [sys.executable, bertflask.__file__, "train", *flags]
     command += ["--models-dir", str(models_dir)]
-    if not flags or "--resume" not in flags:
+    if "--resume" not in flags:
         command += ["--model-name", str(model_dir), "--checkpoint-minutes", "0"]
         command += ["--n-epochs", "4", "--batch-size", "8", "--max-seq-len", "16"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -5276,12 +5335,30 @@ def test_serve_on_a_port_in_use_is_one_line(run):
         ("serve --port 65536", "65536 is not in the range"),
         ("serve --threads 0", "0 is not in the range"),
         ("chek a.csv", "No such command 'chek'"),
+        ("serve --api-keys --host 0.0.0.0", "unexpected extra argument"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_exit_code_2(run, args, words):
     code, out, err = run(*args.split())
     assert (code, out, len(err)) == (2, "", 1)
     assert err[0].startswith("error: ") and words in err[0]
+
+
+@pytest.mark.parametrize(
+    "command, field",
+    [
+        (name, field)
+        for name, kind in (("train", TrainConfig), ("serve", ServeConfig))
+        for field in dataclasses.fields(kind)
+        if field.default is not False and "bare" not in field.metadata
+    ],
+    ids=lambda x: getattr(x, "name", x),
+)
+def test_a_flag_without_its_value_is_one_line(run, command, field):
+    flag = f"--{field.name.replace('_', '-')}"
+    code, out, err = run(command, flag)
+    assert (code, out, len(err)) == (2, "", 1)
+    assert err[0].startswith(f"error: Option '{flag}' requires an argument")
 
 
 @pytest.mark.parametrize(
@@ -5426,7 +5503,7 @@ def test_the_resume_of_the_readme_finds_nothing_after_a_finished_run(readme_fold
     _, line = readme_lines("python bertflask.py train ")
     done = run_in(readme_folder, line)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: latest is no unfinished run; train anew: ")
+    assert done.stderr.startswith("error: no unfinished run 'latest'; train anew: ")
 
 
 def test_the_python_of_the_readme_works(readme_folder):
