@@ -878,6 +878,7 @@ CLIP_NORM = 1.0
 _DECAYS, _PRECISIONS = ("exponential", "constant"), ("float32", "bfloat16", "float16")
 _CLASS_WEIGHTS = {"none": 0.0, "sqrt": 0.5, "balanced": 1.0}  # powers of 1 / count
 _WORDS = _EMBEDDINGS[0]
+_TEMPERATURES = np.geomspace(0.25, 4, 65).tolist()  # to calibrate, Guo et al. 2017
 
 
 def _field(help: str, default: Any, else_: Any = None, within=(), **more) -> Any:
@@ -966,8 +967,8 @@ class _Trainer:  # goes on from the run's last checkpoint; keeps the best epoch
         self.logits = tf.function(model.logits, [ids], autograph=False)
         writer, parts = tf.summary.create_file_writer, ("train", "validation")
         self.writers = {part: writer(str(run_dir / part)) for part in parts}
-        # Steps and seconds that were trained; the best validation loss and its epoch.
-        self.numbers = tf.Variable([0, 0, math.inf, 0], dtype=tf.float64)
+        # Steps and seconds; the best validation loss, its epoch and temperature.
+        self.numbers = tf.Variable([0, 0, math.inf, 0, 1], dtype=tf.float64)
         state = tf.train.Checkpoint(adam=self.adam, numbers=self.numbers, own=variables)
         self.checkpoints = tf.train.CheckpointManager(state, run_dir / "checkpoint", 1)
         self.checkpoints.restore_or_initialize()
@@ -976,25 +977,26 @@ class _Trainer:  # goes on from the run's last checkpoint; keeps the best epoch
         self.step, self.rate, self.saved = int(step), 0.0, time.perf_counter()
 
     def fit(self) -> dict:
-        """Trains and gives its speed; without validation the last epoch is kept."""
+        """Trains; keeps the epoch of the best loss at its temperature, or the last."""
         tf, config, n = _tensorflow(), self.config, len(self.train)
         epoch, patience = self.step // math.ceil(n / config.batch_size), config.patience
         while epoch < config.n_epochs and not 0 < patience <= epoch - self.best[1]:
             self._epoch(epoch := epoch + 1)
             words = tf.IndexedSlices(self.trained.variables[_WORDS], self.used)
             self.model.variables[_WORDS].scatter_update(words)
-            loss = -epoch  # each better than the one before
+            figures = {"loss": -epoch, "temperature": 1.0}  # the last is the best
             if self.validation:
                 token_ids, label_ids = zip(*self.validation)
-                figures = self._loss_and_accuracy(self.predict(token_ids), label_ids)
-                figures = self._record("validation", figures)
+                logits, score = self.predict(token_ids), self._loss_and_accuracy
+                tried = [(score(logits / t, label_ids), t) for t in _TEMPERATURES]
+                figures, t = min(tried, key=lambda pair: pair[0]["loss"])
+                figures = self._record("validation", figures | {"temperature": t})
                 log.info("epoch %d: validation %s", epoch, figures)
-                loss = figures["loss"]
-            self.best = min(self.best, [loss, epoch])
+            self.best = min(self.best, [figures["loss"], epoch, figures["temperature"]])
             self._save(is_best=self.best[1] == epoch)
         self.kept.read(f"{self.checkpoints.directory}/best")
-        speed = epoch * n / self.seconds
-        return {"train_texts_per_s": speed, "train_seconds": self.seconds}
+        figures = {"train_seconds": self.seconds, "temperature": self.best[2]}
+        return figures | {"train_texts_per_s": epoch * n / self.seconds}
 
     def _epoch(self, epoch: int) -> None:
         from tqdm import tqdm
@@ -1033,8 +1035,7 @@ class _Trainer:  # goes on from the run's last checkpoint; keeps the best epoch
             loss = self.adam.get_scaled_loss(figures["loss"])
         gradients = tape.gradient(loss, [*model.variables.values()])
         gradients = self.adam.get_unscaled_gradients(gradients)
-        # AdamW (Loshchilov & Hutter 2019), bias-corrected.
-        for name, variable in model.variables.items():
+        for name, variable in model.variables.items():  # AdamW: Loshchilov, Hutter 2019
             if not name.endswith(("bias", "gamma", "beta")):
                 variable.assign_sub(self.adam.learning_rate * 0.01 * variable)
         gradients = map(tf.convert_to_tensor, gradients)
@@ -1116,12 +1117,11 @@ _EXPORT_TOLERANCE, _LOAD_TOLERANCE = 1e-4, 1e-3  # of logits
 # Not rows of the training data, which may be private.
 _GOLDEN_TEXTS = ("", "How do I sort a list?", "Café “€5”, Ω, мир, 你好, 👩‍👩‍👧! " * 40)
 _PACKAGES = "tensorflow bert-for-tf2 numpy tokenizers sentencepiece onnx".split()
-_MANIFEST_TYPES = {"do_lower_case": bool, "labels": list, "files": dict, "format": int}
+_MANIFEST_TYPES = {"do_lower_case": bool, "labels": list, "files": dict}
 _MANIFEST_TYPES |= {"max_seq_len": int, "model_type": str, "trained_at": str}
 _MODEL_CARD = """# Text classifier on {model_name}, by bertflask {versions[bertflask]}
 
-{trained_at} UTC, {data[n]} texts. On texts held out: {metrics}. Its labels: {labels}.
-"""
+{trained_at} UTC, {data[n]} texts. Held out: {metrics}. Labels: {labels}"""
 
 # The model in ONNX's own notation: x is [B, L, H], for [CLS] alone [B, 1, H].
 _ONNX_GRAPH = """
@@ -1188,10 +1188,8 @@ def onnx_model(config: dict, weights: dict[str, np.ndarray]) -> bytes:
 
 def train(config: TrainConfig, data: Data = None, test: Data = None) -> Path:
     """The folder of the finished run, from then on the latest; else a BertFlaskError.
-    Without `data` it takes Stack Overflow posts, without `test` a part of `data`; to
-    resume, the parameters and rows that the run has."""
-    run_dir = None
-    if config.resume is not None:
+    Without `data` it takes Stack Overflow, without `test` a part; or it resumes."""
+    if (run_dir := config.resume) is not None:
         run_dir, config, data, test = _unfinished(config)
     config.resolve()  # whose errors come before any data
     columns = (config.text_column, config.label_column, config.models_dir)
@@ -1262,6 +1260,7 @@ def _finish(run_dir: Path, model: Model, tokenizer, config, rest, metrics) -> Pa
     digest = hashlib.sha256(json.dumps([rest.texts, rest.labels]).encode())
     manifest = {"format": FORMAT, "model_type": kind, "labels": sorted({*rest.labels})}
     manifest |= {**vars(config), "do_lower_case": tokenizer.do_lower_case}
+    manifest["temperature"] = metrics["temperature"]
     made = time.strptime(run_dir.name[:14], "%Y%m%d%H%M%S")
     manifest["trained_at"] = time.strftime("%Y-%m-%d %H:%M:%S", made)
     manifest["metrics"] = {key: metrics[key] for key in ("accuracy", "macro_f1")}
@@ -1389,29 +1388,30 @@ class Classifier:
     max_seq_len: int
     tokenizer: Tokenizer
     session: Any  # of ONNX Runtime
+    temperature: float = 1.0  # by which logits are divided
 
     @classmethod
     def load(cls, run_dir=None, models_dir: str | Path = "models") -> Classifier:
         """A run, by default the latest; ArtifactError unless it answers as trained."""
-        run_dir = find_run(run_dir, models_dir)
-        place = run_dir / "config.json"
+        place = find_run(run_dir, models_dir) / "config.json"
         config = _read_object(place, ArtifactError, **_MANIFEST_TYPES)
-        if (found := config["format"]) != FORMAT:
+        if (found := config.get("format")) != FORMAT:
             raise ArtifactError(f"{place}: format {found}, bertflask reads {FORMAT}")
-        size = config["max_seq_len"]
-        if {*map(type, config["labels"])} != {str} or not 3 <= size <= 2**16:
-            raise ArtifactError(f"{place}: bad labels or max_seq_len; train anew")
+        size, t = config["max_seq_len"], config.get("temperature", 1.0)
+        is_fit = 3 <= size <= 2**16 and type(t) is float and t > 0
+        if {*map(type, config["labels"])} != {str} or not is_fit:
+            raise ArtifactError(f"{place}: bad labels, length or temperature; retrain")
         for name in (*_SERVED_FILES, _VOCAB_NAMES.get(config["model_type"], "?")):
-            path = run_dir / name
+            path = place.with_name(name)
             if path.is_symlink() or not path.is_file():  # a link may lead elsewhere
                 raise ArtifactError(f"{place}: {name!r} is not a file of this run")
             if _digest(path) != config["files"].get(name):
                 raise ArtifactError(f"{place}: sha256 of {name} is another; train anew")
-        tokenizer = load_tokenizer(run_dir, config["do_lower_case"])
-        session = _open_model(run_dir, config, tokenizer, _LOAD_TOLERANCE)
+        tokenizer = load_tokenizer(place.parent, config["do_lower_case"])
+        session = _open_model(place.parent, config, tokenizer, _LOAD_TOLERANCE)
         digest = config["files"]["model.onnx"][:8]
         name = f"{config['model_type'].upper()} {config['trained_at']} {digest}"
-        return cls(name, config["labels"], config["max_seq_len"], tokenizer, session)
+        return cls(name, config["labels"], size, tokenizer, session, t)
 
     def probabilities(self, texts: Sequence[str]) -> np.ndarray:
         """Softmax probabilities of the labels, float32 [n, n_labels]."""
@@ -1436,7 +1436,7 @@ class Classifier:
         for rows in batches_by_tokens([*map(len, token_ids)], _BULK_TOKENS):
             ids = pad([token_ids[row] for row in rows])
             logits[rows] = self.session.run(None, {"ids": ids})[0]
-        exp = np.exp(logits - logits.max(-1, keepdims=True))
+        exp = np.exp((logits - logits.max(-1, keepdims=True)) / self.temperature)
         return exp / exp.sum(-1, keepdims=True)
 
     def rank(self, rows: Any, truncated: list[bool], top_k: int) -> list[Prediction]:

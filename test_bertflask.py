@@ -46,6 +46,7 @@ import jsonschema_rs
 import numpy as np
 import pytest
 import safetensors.numpy
+import scipy.optimize
 import scipy.stats
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -2303,6 +2304,42 @@ def test_the_epoch_with_the_best_validation_loss_is_kept(
     assert not np.array_equal(now["classifier/kernel"], kept[-1]["classifier/kernel"])
 
 
+@pytest.mark.parametrize("scale", [0.5, 1.0, 3.0])
+def test_the_temperature_is_the_one_of_least_loss(
+    tiny_bert_dir, tmp_path, monkeypatch, scale
+):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(500, 2)).astype(np.float32)
+    shares = tf.nn.softmax(logits).numpy()[:, 1]  # at which the labels are drawn
+    rows = rows_of([1] * 500, (rng.random(500) < shares).astype(int))
+    trainer = trainer_of(tiny_bert_dir, tmp_path, ROWS, rows, n_epochs=1)
+    monkeypatch.setattr(trainer, "predict", lambda _: scale * logits)
+
+    def loss(temperature):
+        at = tf.nn.softmax(np.float64(scale * logits / temperature)).numpy()
+        return metrics.log_loss([y for _, y in rows], at)
+
+    best = scipy.optimize.minimize_scalar(loss, bounds=(0.2, 5), method="bounded").x
+    assert trainer.fit()["temperature"] == pytest.approx(best, rel=0.03)
+    (found,) = scalars(tmp_path / "validation")["loss"].values()
+    assert found == pytest.approx(loss(best), abs=1e-4)
+
+
+def test_an_epoch_that_is_right_wins_over_one_that_is_less_sure(
+    tiny_bert_dir, tmp_path, monkeypatch
+):
+    rows = rows_of([1] * 10, [0, 1] * 5)
+    right = np.eye(2)[[y for _, y in rows]] * 2 - 1
+    right[0] *= -1
+    worse = right.copy()
+    worse[1] *= -1
+    answers = iter([worse, 6 * right])  # the loss of the second is higher, as it is
+    trainer = trainer_of(tiny_bert_dir, tmp_path, ROWS, rows, n_epochs=2)
+    monkeypatch.setattr(trainer, "predict", lambda _: next(answers))
+    trainer.fit()
+    assert trainer.best[1] == 2
+
+
 def test_patience_stops_after_epochs_without_a_better_one(
     tiny_bert_dir, tmp_path, monkeypatch
 ):
@@ -2377,7 +2414,7 @@ def test_tensorboard_gets_every_steps_figures(run_dir):
         bertflask.learn_rate(step, n_steps, *parameters) for step in range(n_steps)
     ]
     assert list(found["learn_rate"].values()) == pytest.approx(expected)
-    assert set(scalars(run_dir / "validation")) == {"loss", "accuracy", "learn_rate"}
+    assert {*scalars(run_dir / "validation")} == {*found, "temperature"}
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
@@ -2702,6 +2739,11 @@ def rewrite(run_dir, **changes):
         {"max_seq_len": 2},
         {"max_seq_len": 10**9},
         {"max_seq_len": None},
+        {"temperature": 0.0},
+        {"temperature": -1.0},
+        {"temperature": math.nan},
+        {"temperature": "1.0"},
+        {"temperature": None},
         {"model_type": []},
         {"files": None},
         {"files": {}},
@@ -2714,6 +2756,31 @@ def test_a_hostile_manifest_is_refused_with_one_line(copied_run, changes):
     with pytest.raises(bertflask.ArtifactError) as caught:
         bertflask.Classifier.load(copied_run)
     assert "\n" not in str(caught.value)
+
+
+def test_probabilities_are_of_the_logits_at_the_temperature(copied_run):
+    rewrite(copied_run, temperature=2.5)
+    classifier, texts = bertflask.Classifier.load(copied_run), ["a dog", ""]
+    ids = bertflask.pad(classifier.encode(texts)[0])
+    logits = classifier.session.run(None, {"ids": ids})[0]
+    expected = tf.nn.softmax(logits / 2.5).numpy()
+    np.testing.assert_allclose(classifier.probabilities(texts), expected, rtol=1e-5)
+
+
+def test_a_run_without_a_temperature_is_not_calibrated(copied_run):
+    config = manifest(copied_run)
+    del config["temperature"]
+    (copied_run / "config.json").write_text(json.dumps(config))
+    assert bertflask.Classifier.load(copied_run).temperature == 1
+
+
+def test_a_run_is_served_at_the_temperature_of_its_best_epoch(run_dir):
+    found = scalars(run_dir / "validation")
+    best_step = min(found["loss"], key=found["loss"].get)
+    temperature = pytest.approx(found["temperature"][best_step])
+    assert bertflask.Classifier.load(run_dir).temperature == temperature
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    assert metrics["temperature"] == temperature
 
 
 @pytest.mark.parametrize(
