@@ -2930,9 +2930,9 @@ def resume(run_dir="latest", models_dir="models"):
 
 
 def digests(run_dir):
-    names = ("model.onnx", "golden.json", bertflask._VOCAB_NAMES["bert"])
-    names += ("model.weights.h5", "confusion_matrix.png")
-    return {x: bertflask._digest(run_dir / x) for x in names if (run_dir / x).exists()}
+    names = ["model.onnx", "golden.json", "model.weights.h5", "confusion_matrix.png"]
+    names += [x for x in bertflask._VOCAB_NAMES.values() if (run_dir / x).exists()]
+    return {name: bertflask._digest(run_dir / name) for name in names}
 
 
 @pytest.mark.parametrize(
