@@ -881,9 +881,16 @@ _WORDS = _EMBEDDINGS[0]
 _TEMPERATURES = np.geomspace(0.25, 4, 33).tolist()  # to calibrate, Guo et al. 2017
 
 
-def _field(help: str, default: Any, else_: Any = None, within=(), **more) -> Any:
-    """A field: `within` are bounds, `else_` what None means; `more`: choices, bare."""
-    metadata = {"help": help, "else_": else_, "within": within, **more}
+def _field(help: str, default: Any, within=(), else_: Any = None, **flag: Any) -> Any:
+    """A field and its flag: `within` are bounds or choices, `else_` what None means."""
+    kind = {int: click.IntRange, float: click.FloatRange}.get(type(else_ or default))
+    flag |= {"help": help, "default": default, "is_flag": default is False}
+    flag["show_default"] = else_ or True
+    if kind and else_:
+        flag["show_default"] = f"the model's recommendation, else {else_}"
+    if within:
+        flag["type"] = kind(*within) if kind else click.Choice(within)
+    metadata = {"else_": else_, "within": within, "flag": flag}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -892,25 +899,25 @@ class TrainConfig:
     """The parameters of a training; numbers that are None are the recommended ones."""
 
     model_name: str = _field("name, path or owner/name", "uncased_L-12_H-768_A-12")
-    batch_size: int | None = _field("texts an optimizer step", None, 12, (1, 2**20))
-    max_seq_len: int | None = _field("tokens a text at most", None, 192, (3, 2**16))
-    n_epochs: int | None = _field("passes over the training rows", None, 10, (1, 2**20))
-    max_learn_rate: float | None = _field("peak learning rate", None, 3e-5, (1e-12, 1))
-    min_learn_rate: float | None = _field("last learning rate", None, 3e-7, (1e-12, 1))
-    warmup_proportion: float | None = _field("share of the steps", None, 0.2, (0, 1))
-    schedule: str = _field("after the warm-up", "exponential", choices=_DECAYS)
-    seed: int = _field("of splits, order, head, dropout", 0, within=(0, 2**31 - 1))
-    text_column: str | None = _field("column of the texts", None, "found")
-    label_column: str | None = _field("column of the labels", None, "found")
-    test_size: float = _field("share of all rows to test on", 0.1, within=(0, 0.9))
-    validation_size: float = _field("share of the rest", 0.1, within=(0, 0.9))
-    class_weight: str = _field("of rare labels", "none", choices=[*_CLASS_WEIGHTS])
-    label_smoothing: float = _field("share of other labels", 0.0, within=(0, 0.9))
-    patience: int = _field("bad epochs, then stop; 0: never", 0, within=(0, 2**20))
-    gpu: str | None = _field("index of the GPU", None, "the first, if any")
-    precision: str = _field("of matrix products", "float32", choices=_PRECISIONS)
-    resume: str | None = _field("go on with RUN or latest", None, "none", bare="latest")
-    checkpoint_minutes: float = _field("between checkpoints", 10.0, within=(0, 1e6))
+    batch_size: int | None = _field("texts an optimizer step", None, (1, 2**20), 12)
+    max_seq_len: int | None = _field("tokens a text at most", None, (3, 2**16), 192)
+    n_epochs: int | None = _field("passes over the training rows", None, (1, 2**20), 10)
+    max_learn_rate: float | None = _field("peak learning rate", None, (1e-12, 1), 3e-5)
+    min_learn_rate: float | None = _field("last learning rate", None, (1e-12, 1), 3e-7)
+    warmup_proportion: float | None = _field("share of the steps", None, (0, 1), 0.2)
+    schedule: str = _field("after the warm-up", "exponential", _DECAYS)
+    seed: int = _field("of splits, order, head, dropout", 0, (0, 2**31 - 1))
+    text_column: str | None = _field("column of the texts", None, (), "found")
+    label_column: str | None = _field("column of the labels", None, (), "found")
+    test_size: float = _field("share of all rows to test on", 0.1, (0, 0.9))
+    validation_size: float = _field("share of the rest", 0.1, (0, 0.9))
+    class_weight: str = _field("of rare labels", "none", (*_CLASS_WEIGHTS,))
+    label_smoothing: float = _field("share of other labels", 0.0, (0, 0.9))
+    patience: int = _field("bad epochs, then stop; 0: never", 0, (0, 2**20))
+    gpu: str | None = _field("index of the GPU", None, (), "the first, if any")
+    precision: str = _field("of matrix products", "float32", _PRECISIONS)
+    resume: str | None = _field("unfinished RUN", None, (), "none", flag_value="latest")
+    checkpoint_minutes: float = _field("between checkpoints", 10.0, (0, 1e6))
     models_dir: str = _field("folder of pretrained and trained models", "models")
 
     def resolve(self, n_rows: float = math.inf, n_labels: int = 0) -> TrainConfig:
@@ -918,13 +925,13 @@ class TrainConfig:
         row = PRETRAINED.get(Path(self.model_name).name)  # of a folder, too
         values, recommended = dataclasses.asdict(self), row.recommended if row else {}
         for field in fields(self):
-            name, (low, high) = field.name, field.metadata["within"] or (None, None)
-            if (value := values[name]) is None and low is not None:
+            name, fit = field.name, field.metadata["within"]
+            if (value := values[name]) is None and fit:
                 value = values[name] = recommended.get(name, field.metadata["else_"])
-            if low is not None and not low <= value <= high:
-                raise TrainingError(f"{name} is {value}; use {low} to {high}")
-            if value not in (choices := field.metadata.get("choices", (value,))):
-                raise TrainingError(f"{name} is {value!r}; use one of {choices}")
+            is_word = isinstance(value, str)
+            if fit and not (value in fit if is_word else fit[0] <= value <= fit[1]):
+                words = (" or " if is_word else " to ").join(map(str, fit))
+                raise TrainingError(f"{name} is {value!r}; use {words}")
         if self.n_epochs is None and recommended:  # little data needs more of them
             enough = math.ceil((200 + 10 * n_labels) * values["batch_size"] / n_rows)
             values["n_epochs"] = max(values["n_epochs"], min(enough, 40))
@@ -1480,7 +1487,8 @@ class Batcher:
         `time.monotonic`, and when `is_gone()`, asked now and then, is true."""
         if time.monotonic() >= deadline:
             raise RequestError(*_LATE)
-        classifier = self.classifier
+        if not hasattr(classifier := self.classifier, "encode"):  # a user's own
+            return classifier.predict(texts, top_k)
         token_ids, truncated = classifier.encode(texts)
         keys = [(classifier, ids.tobytes()) for ids in token_ids]
         came = due = time.monotonic()
@@ -1594,19 +1602,19 @@ class ServeConfig:
     """The parameters of a server."""
 
     host: str = _field("address to listen on", "127.0.0.1")
-    port: int = _field("0: any", 5000, within=(0, 65535))
-    threads: int = _field("requests at once", 300, within=(1, 2**15))
-    max_body_bytes: int = _field("bytes of a request", 10 * 2**20, within=(1, None))
-    max_texts: int = _field("texts of a request", 1000, within=(1, None))
-    max_characters: int = _field("characters of a text", 10**6, within=(1, None))
-    max_top_k: int = _field("labels of a text in top_k", 100, within=(1, None))
-    queue_tokens: int = _field("tokens that may wait", 65_536, within=(1, None))
-    cache_size: int = _field("answers to remember; 0: none", 4096, within=(0, None))
-    deadline: float = _field("seconds a request may take", 30.0, within=(0.001, 86400))
-    drain_delay: float = _field("seconds to go on at SIGTERM", 0.0, within=(0, 86400))
+    port: int = _field("0: any", 5000, (0, 65535))
+    threads: int = _field("requests at once", 300, (1, 2**15))
+    max_body_bytes: int = _field("bytes of a request", 10 * 2**20, (1, None))
+    max_texts: int = _field("texts of a request", 1000, (1, None))
+    max_characters: int = _field("characters of a text", 10**6, (1, None))
+    max_top_k: int = _field("labels of a text in top_k", 100, (1, None))
+    queue_tokens: int = _field("tokens that may wait", 65_536, (1, None))
+    cache_size: int = _field("answers to remember; 0: none", 4096, (0, None))
+    deadline: float = _field("seconds a request may take", 30.0, (0.001, 86400))
+    drain_delay: float = _field("seconds to go on at SIGTERM", 0.0, (0, 86400))
     api_keys: str | None = _field("file with an API key a line", None)
     open_health: bool = _field("health and metrics without a key", False)
-    trusted_proxies: int = _field("proxies with X-Forwarded-For", 0, within=(0, None))
+    trusted_proxies: int = _field("proxies with X-Forwarded-For", 0, (0, None))
 
 
 def create_app(classifier: Any, **limits: Any) -> Any:
@@ -1620,10 +1628,9 @@ class _Api:
         from werkzeug.middleware.proxy_fix import ProxyFix
 
         self.config, self.metrics, self.request = config, _metrics(), request
-        self.draining, self.reload_error, self.model = False, None, classifier
-        if isinstance(classifier, Classifier):
-            sizes = config.queue_tokens, config.cache_size
-            self.model = Batcher(classifier, self.metrics, *sizes)
+        self.draining, self.reload_error = False, None
+        sizes = config.queue_tokens, config.cache_size
+        self.model = Batcher(classifier, self.metrics, *sizes)
         self.slots = threading.Semaphore(config.threads)
         path, keys = config.api_keys, os.environ.get("BERTFLASK_API_KEYS", "")
         keys = Path(path).read_text("utf-8", "replace") if path else keys
@@ -1656,7 +1663,7 @@ class _Api:
     def readyz(self) -> dict:
         if self.draining:
             raise RequestError("the server is shutting down", 503, "draining")
-        if isinstance(self.model, Batcher) and not self.model.is_working():
+        if not self.model.is_working():
             raise RequestError("the model's thread is stuck or dead", 503, "stuck")
         model, reason = self.model.name, self.reload_error
         return {"status": "ready", "model": model, "reload_error": reason}
@@ -1701,15 +1708,13 @@ class _Api:
         if not self.slots.acquire(blocking=False):
             raise RequestError("too many requests at once", 429, "queue_full")
         try:
-            body, args, request = self.read_body(), (), self.request
+            body, request = self.read_body(), self.request
             given = request.headers.get(_DEADLINE, "9" * 15)  # it may only shorten
             if not re.fullmatch("[0-9]{1,15}", given):
                 raise RequestError("give milliseconds", 422, "int_parsing", _DEADLINE)
-            if isinstance(self.model, Batcher):
-                is_gone = request.environ.get("waitress.client_disconnected", bool)
-                allowed_s = min(self.config.deadline, int(given) / 1000)
-                args = request.started + allowed_s, is_gone
-            found = self.model.predict(body.x, body.top_k or 1, *args)
+            due = request.started + min(self.config.deadline, int(given) / 1000)
+            is_gone = request.environ.get("waitress.client_disconnected", bool)
+            found = self.model.predict(body.x, body.top_k or 1, due, is_gone)
         finally:
             self.slots.release()
         for one in found:
@@ -1753,8 +1758,7 @@ class _Api:
             log.error("%s in request %s", kind, name, exc_info=told)
             error = RequestError(f"a bug, logged as {name}", 500, "internal_error")
         if error.status == 429:
-            wait_s = self.model.wait_s() if isinstance(self.model, Batcher) else 1
-            headers["Retry-After"] = str(wait_s)
+            headers["Retry-After"] = str(self.model.wait_s())
         elif error.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         parts = {"code": error.code, "message": str(error), "field": error.field}
@@ -1878,20 +1882,10 @@ def _serve_here(listener, ready, config, run_dir, models_dir) -> None:
 _commands = click.Group(help="Fine-tune BERT or ALBERT on a CSV and serve it by HTTP.")
 
 
-def _flag(field: dataclasses.Field) -> click.Option:
-    meta, names = field.metadata, ["--" + field.name.replace("_", "-")]
-    default, shown = field.default, meta["else_"]  # what None stands for
-    kind = click.Choice(meta["choices"]) if "choices" in meta else None
-    if isinstance(shown, (int, float)):
-        kind, shown = type(shown), f"the model's recommendation, else {shown}"
-    elif within := meta["within"]:
-        kind = {int: click.IntRange, float: click.FloatRange}[type(default)](*within)
-    options = {"type": kind, "default": default, "is_flag": default is False}
-    options |= {"flag_value": meta["bare"]} if "bare" in meta else {}
-    return click.Option(names, show_default=shown or True, help=meta["help"], **options)
-
-
-_FLAGS = {x.name: _flag(x) for x in (*fields(TrainConfig), *fields(ServeConfig))}
+_FLAGS = {
+    x.name: click.Option(["--" + x.name.replace("_", "-")], **x.metadata["flag"])
+    for x in (*fields(TrainConfig), *fields(ServeConfig))
+}
 _FLAGS["run_dir"] = click.Option(["--run", "run_dir"], help="folder, else the latest")
 
 

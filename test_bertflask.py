@@ -5206,8 +5206,8 @@ def test_an_empty_command_line_gives_the_default_configuration(run, train_calls)
 
 @pytest.mark.parametrize("field", dataclasses.fields(TrainConfig), ids=lambda f: f.name)
 def test_every_parameter_has_its_flag(run, train_calls, field):
-    choices = field.metadata.get("choices", [None])
-    value = {"int": 3, "float": 0.25, "str": choices[-1] or "x"}[field.type.split()[0]]
+    kind, within = field.type.split()[0], field.metadata["within"]
+    value = {"int": 3, "float": 0.25, "str": ["x", *within][-1]}[kind]
     assert run("train", "--" + field.name.replace("_", "-"), value)[0] == 0
     expected = dataclasses.replace(TrainConfig(), **{field.name: value})
     assert train_calls == [(expected, None, None)]
@@ -5215,7 +5215,7 @@ def test_every_parameter_has_its_flag(run, train_calls, field):
 
 def test_help_of_train_says_what_an_omitted_parameter_means(run):
     words = " ".join(run("train", "--help")[1].split())
-    assert "[default: (the model's recommendation, else 12)]" in words
+    assert "[default: (the model's recommendation, else 12); 1<=x<=1048576]" in words
     assert "[default: uncased_L-12_H-768_A-12]" in words
     assert "[default: stackoverflow]" in words
 
@@ -5419,7 +5419,7 @@ def test_a_wrong_command_line_is_one_line_and_exit_code_2(run, args, words):
         (name, field)
         for name, kind in (("train", TrainConfig), ("serve", ServeConfig))
         for field in dataclasses.fields(kind)
-        if field.default is not False and "bare" not in field.metadata
+        if field.default is not False and "flag_value" not in field.metadata["flag"]
     ],
     ids=lambda x: getattr(x, "name", x),
 )
