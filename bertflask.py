@@ -137,6 +137,7 @@ PRETRAINED: dict[str, Pretrained] = {
 _STALL_S, _RETRY_WAITS_S = 30.0, (1.0, 4.0, 10.0)  # without a byte; before a retry
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _CONFIG_NAMES = ("bert_config.json", "albert_config.json", "config.json")
+_WEIGHTS, _STAMP = "model.weights.h5", re.compile(r"\A(\d{14}_)+")  # of a finished run
 _NEEDED = {  # by configuration file in Google's layout, by type in Hugging Face's
     "bert_config.json": ("vocab.txt", "*.ckpt*.index", "*.ckpt*.data-*"),
     "albert_config.json": ("30k-clean.model", "*.ckpt*.index", "*.ckpt*.data-*"),
@@ -301,7 +302,7 @@ def _needed_beside(path: Path) -> tuple[str, ...]:
         if not all(found[key] in values for key, values in _SUPPORTED.items()):
             raise PretrainedError(f"{path} has {found}; what works is {_SUPPORTED}")
         kind = config["model_type"]
-    return _NEEDED[kind]
+    return () if path.with_name(_WEIGHTS).exists() else _NEEDED[kind]
 
 
 def _read_object(path: Path, error: type = PretrainedError, **types: type) -> dict:
@@ -623,8 +624,8 @@ def load_tokenizer(checkpoint_dir: str | Path, do_lower_case=None) -> Tokenizer:
     folder = Path(checkpoint_dir)
     if not (paths := [*folder.glob("vocab.txt"), *folder.glob("*.model")]):
         raise PretrainedError(f"{folder} has no vocab.txt or *.model: complete it")
-    for path in (folder / "pretrained.json", folder / "tokenizer_config.json"):
-        if do_lower_case is None and path.is_file():
+    for name in ("pretrained.json", "tokenizer_config.json", "config.json"):
+        if do_lower_case is None and (path := folder / name).is_file():
             do_lower_case = _read_object(path).get("do_lower_case")
     kind = _SentencePiece if paths[0].suffix == ".model" else _WordPiece
     with _raising(PretrainedError, f"{paths[0]} cannot be read"):
@@ -814,22 +815,26 @@ def build_model(checkpoint_dir: str | Path, n_labels: int, load_weights=True) ->
     return Model(config, variables)
 
 
-def _load_weights(checkpoint_dir: Path, variables: dict) -> None:
+def _load_weights(checkpoint_dir: Path, variables: dict, has_head=False) -> None:
     path = checkpoint_dir / "model.safetensors"
     if is_hugging_face := path.exists():
         import safetensors
 
         reader = safetensors.safe_open(path, framework="numpy")
-        keys = reader.keys()
+        keys, read = reader.keys(), reader.get_tensor
+    elif (path := checkpoint_dir / _WEIGHTS).exists():
+        import h5py
+
+        keys, read = variables, h5py.File(path).get
     else:
         path = next(checkpoint_dir.glob("*.ckpt*.index"), path)
         reader = _tensorflow().train.load_checkpoint(str(path.with_suffix("")))
-        keys = reader.get_variable_to_shape_map()
+        keys, read = reader.get_variable_to_shape_map(), reader.get_tensor
     stored = {_common_name(key): key for key in keys}
-    for name in [name for name in variables if not name.startswith("classifier/")]:
+    for name in [x for x in variables if has_head or not x.startswith("classifier/")]:
         if (key := stored.get(_common_name(name))) is None:
             raise PretrainedError(f"{path}: variable {name} is missing")
-        array = np.asarray(reader.get_tensor(key), np.float32)
+        array = np.asarray(read(key), np.float32)
         if is_hugging_face and name.endswith(("kernel", "projector")):
             array = array.T
         if (shape := tuple(variables[name].shape)) != array.shape:
@@ -922,7 +927,7 @@ class TrainConfig:
 
     def resolve(self, n_rows: float = math.inf, n_labels: int = 0) -> TrainConfig:
         """With a value in place of each None; TrainingError if one is out of bounds."""
-        row = PRETRAINED.get(Path(self.model_name).name)  # of a folder, too
+        row = PRETRAINED.get(_STAMP.sub("", Path(self.model_name).name))  # or a folder
         values, recommended = dataclasses.asdict(self), row.recommended if row else {}
         for field in fields(self):
             name, fit = field.name, field.metadata["within"]
@@ -1212,6 +1217,9 @@ def train(config: TrainConfig, data: Data = None, test: Data = None) -> Path:
     config._choose_gpu()
     _tensorflow().random.set_seed(config.seed)
     model = build_model(path, len(labels))
+    of_run = path / "config.json"  # or Hugging Face's, which has no labels
+    if of_run.exists() and _read_object(of_run).get("labels") == labels:
+        _load_weights(path, model.variables, has_head=True)
     if config.max_seq_len > (most := model.config["max_position_embeddings"]):
         raise TrainingError(f"lower max_seq_len: the model has {most} positions")
     if (n := tokenizer.vocab_size) > (most := model.config["vocab_size"]):
@@ -1250,7 +1258,8 @@ def _unfinished(config: TrainConfig) -> tuple[Path, TrainConfig, Examples, Examp
 def _make_run_dir(config: TrainConfig, rest: Examples, held_out: Examples) -> Path:
     path, stamp = Path(config.model_name), time.strftime("%Y%m%d%H%M%S", time.gmtime())
     name = path.resolve().name if path.exists() else str(path).replace("/", "--")
-    run_dir = Path(config.models_dir, "trained", f"{stamp}_{name}.unfinished")
+    name = f"{stamp}_{_STAMP.sub('', name)}.unfinished"
+    run_dir = Path(config.models_dir, "trained", name)
     with contextlib.suppress(FileExistsError):
         run_dir.joinpath(_START).parent.mkdir(parents=True)
         start = {"config": vars(config), "rest": vars(rest), "held_out": vars(held_out)}
@@ -1276,7 +1285,7 @@ def _finish(run_dir: Path, model: Model, tokenizer, config, rest, metrics) -> Pa
     manifest["versions"]["bertflask"] = __version__
     vocab = shutil.copyfile(tokenizer.vocab_path, run_dir / _VOCAB_NAMES[kind])
     _write_json(run_dir / f"{kind}_config.json", sizes)
-    with h5py.File(run_dir / "model.weights.h5", "w") as file:
+    with h5py.File(run_dir / _WEIGHTS, "w") as file:
         file.update(weights)
     (run_dir / "model.onnx").write_bytes(onnx_model(sizes, weights))
     token_ids = tokenizer.encode(_GOLDEN_TEXTS, manifest["max_seq_len"])
@@ -1745,10 +1754,8 @@ class _Api:
         raise RequestError(f"the body is over {limit} bytes", 413, "body_too_large")
 
     def answer_error(self, error: Exception) -> tuple[dict, int, dict[str, str]]:
-        from werkzeug.exceptions import HTTPException
-
         headers = {}
-        if isinstance(error, HTTPException):  # 404, 405
+        if hasattr(error, "get_headers"):  # an HTTPException of werkzeug's: 404, 405
             headers = {key: v for key, v in error.get_headers() if key == "Allow"}
             code = error.name.lower().replace(" ", "_")
             error = RequestError(error.description, error.code, code)
@@ -1759,8 +1766,7 @@ class _Api:
             error = RequestError(f"a bug, logged as {name}", 500, "internal_error")
         if error.status == 429:
             headers["Retry-After"] = str(self.model.wait_s())
-        elif error.status == 401:
-            headers["WWW-Authenticate"] = "Bearer"
+        headers |= {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
         parts = {"code": error.code, "message": str(error), "field": error.field}
         return {"error": parts}, error.status, headers
 

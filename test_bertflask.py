@@ -2688,6 +2688,86 @@ def copied_run(run_dir, tmp_path):
     return Path(shutil.copytree(run_dir, tmp_path / "copy"))
 
 
+def stored_weights(run_dir):
+    with h5py.File(run_dir / "model.weights.h5") as file:
+        names = []
+        file.visit(names.append)
+        return {x: file[x][()] for x in names if isinstance(file[x], h5py.Dataset)}
+
+
+@pytest.fixture(scope="session")
+def trained_dir(tiny_dir, examples, tmp_path_factory):
+    return bertflask.train(
+        tiny_config(tiny_dir, tmp_path_factory.mktemp("a")), examples
+    )
+
+
+def continue_from(run_dir, models_dir, examples):
+    """A run that starts from `run_dir` and hardly moves."""
+    changes = {"n_epochs": 1, "max_learn_rate": 1e-12, "min_learn_rate": 1e-12}
+    return bertflask.train(tiny_config(run_dir, models_dir, **changes), examples)
+
+
+def test_a_finished_run_is_continued_with_its_head(trained_dir, examples, tmp_path):
+    run_dir = continue_from(trained_dir, tmp_path, examples)
+    before, after = map(stored_weights, (trained_dir, run_dir))
+    assert before.keys() == after.keys()
+    for name in before:
+        np.testing.assert_allclose(after[name], before[name], atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("labels", [["animal", "code", "color"], list("abcd")])
+def test_other_labels_get_a_new_head_on_the_runs_encoder(
+    trained_dir, examples, tmp_path, labels
+):
+    texts = [f"{text} {i}" for i, text in enumerate(examples.texts)]
+    other = Examples(texts, [labels[i % len(labels)] for i in range(len(texts))])
+    run_dir = continue_from(trained_dir, tmp_path, other)
+    before, after = map(stored_weights, (trained_dir, run_dir))
+    assert after["classifier/kernel"].shape[1] == len(labels)
+    assert not np.allclose(
+        after["classifier/kernel"][:, :3], before["classifier/kernel"]
+    )
+    np.testing.assert_allclose(
+        after["pooler/dense/kernel"], before["pooler/dense/kernel"], atol=1e-6
+    )
+
+
+def test_a_continued_run_has_the_name_of_the_first_model(
+    trained_dir, examples, tmp_path
+):
+    first = continue_from(trained_dir, tmp_path, examples)
+    second = continue_from(first, tmp_path, examples)
+    names = [x.name[14:] for x in (trained_dir, first, second)]
+    assert names == [f"_{trained_dir.name[15:]}"] * 3
+
+
+def test_a_continued_run_gets_the_recommendations_of_its_model():
+    run_dir = f"models/trained/20260101000000_{MINILM}"
+    found = TrainConfig(run_dir).resolve()
+    assert (
+        dataclasses.replace(found, model_name=MINILM) == TrainConfig(MINILM).resolve()
+    )
+
+
+@pytest.mark.parametrize("lower", [False, True])
+def test_a_continued_run_keeps_its_lower_casing(copied_run, lower):
+    rewrite(copied_run, do_lower_case=lower)
+    assert load_tokenizer(copied_run).do_lower_case is lower
+
+
+def test_damaged_weights_of_a_run_are_one_clear_error(copied_run, examples, tmp_path):
+    (copied_run / "model.weights.h5").write_bytes(b"damaged")
+    with pytest.raises(PretrainedError, match="unfit configuration or weights"):
+        continue_from(copied_run, tmp_path, examples)
+
+
+def test_an_unfinished_run_is_not_continued_but_resumed(copied_run):
+    (copied_run / "model.weights.h5").unlink()
+    with pytest.raises(PretrainedError, match="lacks"):
+        fetch_pretrained(copied_run)
+
+
 @pytest.mark.parametrize("name", ["model.onnx", "vocab.txt", "golden.json"])
 def test_a_damaged_file_is_found_by_its_digest(copied_run, name):
     content = bytearray((copied_run / name).read_bytes())
