@@ -96,7 +96,8 @@ def large_checkpoint() -> Path:
         config |= {"num_hidden_layers": 12, "num_attention_heads": 12}
         config |= {"hidden_size": 768, "intermediate_size": 3072}
         (folder / "config.json").write_text(json.dumps(config))
-        weights = bertflask.build_model(folder, 2, load_weights=False).weights()
+        model = bertflask.build_model(folder, 2, load_weights=False)
+        weights = {name: value.numpy() for name, value in model.variables.items()}
         # Hugging Face keeps kernels the other way round
         weights |= {k: v.T.copy() for k, v in weights.items() if k.endswith("kernel")}
         save_file(weights, folder / "model.safetensors")

@@ -52,6 +52,7 @@ from typing import Annotated, Any, TextIO
 
 import click
 import numpy as np
+from tqdm import tqdm
 
 # === 1. Names and errors: BertFlaskError and one subclass per room that can fail ===
 __version__ = "1.0.0"
@@ -256,8 +257,6 @@ def _download(path: str, part_path: Path) -> str:
 
 def _download_rest(url: str, part_path: Path) -> None:
     """Completes `part_path`, from its end if the server still has that version."""
-    from tqdm import tqdm
-
     etag_path, request = part_path.with_suffix(".etag"), urllib.request.Request(url)
     etag = etag_path.read_text() if etag_path.exists() and part_path.exists() else ""
     if etag.startswith('"'):  # a weak one cannot be continued
@@ -317,9 +316,8 @@ def _read_object(path: Path, error: type = PretrainedError, **types: type) -> di
 # === 4. Dataset: read_examples, check_examples, split_examples, load_examples ===
 # Columns of texts and of labels, most telling first; names in one string are equals.
 _TEXTS = "sentence utterance query question message content body review comment tweet"
-_TEXT_NAMES = "text", "post", _TEXTS
 _LABELS = "labels tag class category intent target topic sentiment"
-_LABEL_NAMES = "label", "tags", _LABELS
+_TEXT_NAMES, _LABEL_NAMES = ("text", "post", _TEXTS), ("label", "tags", _LABELS)
 _LIBRARIES = "numpy tensorflow flask werkzeug click jinja2 onnxruntime matplotlib"
 _LIBRARIES += " asyncio email importlib multiprocessing"
 
@@ -716,10 +714,6 @@ class Model:
     tf = property(lambda _: _tensorflow())
     # Shapes below: B texts, L tokens, H hidden size, A heads, D = H / A.
 
-    def weights(self) -> dict[str, np.ndarray]:
-        """A copy of all variables."""
-        return {name: variable.numpy() for name, variable in self.variables.items()}
-
     def encode_cls(self, token_ids: Any) -> Any:
         """The last layer's output at [CLS], [n, hidden]."""
         tf, ids = self.tf, self.tf.cast(token_ids, "int32")
@@ -863,11 +857,7 @@ def _common_name(name: str) -> str:
 
 # === 7. Learning rate: learn_rate ===
 def learn_rate(
-    step: int,
-    n_steps: int,
-    max_learn_rate: float,
-    min_learn_rate: float,
-    warmup_proportion: float,
+    step: int, n_steps: int, max_learn_rate, min_learn_rate, warmup_proportion
 ) -> float:
     """The learning rate of an optimizer step; from `n_steps` on, the last step's."""
     n_warmup, step = int(warmup_proportion * n_steps + 0.5), min(step, n_steps - 1)
@@ -879,10 +869,9 @@ def learn_rate(
 
 
 # === 8. Training: TrainConfig and its loop ===
-CLIP_NORM = 1.0
 _DECAYS, _PRECISIONS = ("exponential", "constant"), ("float32", "bfloat16", "float16")
 _CLASS_WEIGHTS = {"none": 0.0, "sqrt": 0.5, "balanced": 1.0}  # powers of 1 / count
-_WORDS = _EMBEDDINGS[0]
+CLIP_NORM, _WORDS = 1.0, _EMBEDDINGS[0]
 _TEMPERATURES = np.geomspace(0.25, 4, 33).tolist()  # to calibrate, Guo et al. 2017
 
 
@@ -1011,8 +1000,6 @@ class _Trainer:  # goes on from the run's last checkpoint; keeps the best epoch
         return figures | {"train_texts_per_s": epoch * n / self.seconds}
 
     def _epoch(self, epoch: int) -> None:
-        from tqdm import tqdm
-
         config, rng = self.config, np.random.default_rng([self.config.seed, epoch - 1])
         lengths = [len(ids) for ids, _ in self.train]
         batches = batches_by_length(lengths, config.batch_size, rng)
@@ -1078,8 +1065,8 @@ class _Trainer:  # goes on from the run's last checkpoint; keeps the best epoch
 
 # === 9. Evaluation: evaluate_predictions, plot_confusion_matrix ===
 def evaluate_predictions(true: list[str], predicted: list[str]) -> dict:
-    """`accuracy`, `macro_f1`, `n`; `per_label`: precision, recall, f1 and support;
-    `intervals` of 95 %: percentiles of bootstrap samples (Efron 1979) of the rows."""
+    """`accuracy`, `macro_f1`, `n`; `per_label`: precision, recall, f1 and support; the
+    `most_confused` pairs; `intervals` of 95 %, by bootstrap samples (Efron 1979)."""
     from sklearn.metrics import precision_recall_fscore_support
 
     def scores(t: np.ndarray, p: np.ndarray) -> tuple[float, float]:  # of label ids
@@ -1090,12 +1077,13 @@ def evaluate_predictions(true: list[str], predicted: list[str]) -> dict:
     labels, rng, n = sorted({*true, *predicted}), np.random.default_rng(0), len(true)
     pairs = np.array([[*map(labels.index, side)] for side in (true, predicted)])
     draws = [scores(*pairs[:, rng.integers(n, size=n)]) for _ in range(1000)]
-    intervals = np.percentile(draws, (2.5, 97.5), axis=0).T.tolist()
+    whole = dict(zip(("accuracy", "macro_f1"), scores(*pairs)))
+    intervals = dict(zip(whole, np.percentile(draws, (2.5, 97.5), axis=0).T.tolist()))
+    wrong = Counter((t, p) for t, p in zip(true, predicted) if t != p)
     table = precision_recall_fscore_support(true, predicted, zero_division=0)
     names = ("precision", "recall", "f1", "support")
     rows = [dict(zip(names, map(float, row))) for row in zip(*table)]
-    whole = dict(zip(("accuracy", "macro_f1"), scores(*pairs)))
-    whole |= {"n": n, "intervals": dict(zip(whole, intervals))}
+    whole |= {"n": n, "intervals": intervals, "most_confused": wrong.most_common(10)}
     return whole | {"per_label": dict(zip(labels, rows))}
 
 
@@ -1240,6 +1228,9 @@ def train(config: TrainConfig, data: Data = None, test: Data = None) -> Path:
             pair = (held_out.labels, [labels[i] for i in best])
             plot_confusion_matrix(*pair, run_dir / "confusion_matrix.png")
             metrics |= evaluate_predictions(*pair)
+        if texts := parts[1].texts:
+            logits = trainer.predict(encode(texts)) / metrics["temperature"]
+            _write_label_errors(run_dir, parts[1], labels, logits)
         _write_json(run_dir / "metrics.json", metrics)
         return _finish(run_dir, model, tokenizer, config, rest, metrics)
 
@@ -1269,10 +1260,21 @@ def _make_run_dir(config: TrainConfig, rest: Examples, held_out: Examples) -> Pa
     return _make_run_dir(config, rest, held_out)
 
 
+def _write_label_errors(run_dir: Path, rows: Examples, labels: list, logits) -> None:
+    losses = -_tensorflow().nn.log_softmax(logits).numpy()
+    best, lines = losses.argmin(-1), rows.lines or [""] * len(losses)
+    table = zip(losses, lines, rows.texts, rows.labels, map(labels.__getitem__, best))
+    table = [(x[labels.index(row[2])], *row) for x, *row in table if row[2] != row[3]]
+    names, path = "loss line text label predicted", run_dir / "likely_label_errors.csv"
+    with path.open("w", encoding="utf-8", errors="replace", newline="") as file:
+        csv.writer(file).writerows([names.split(), *sorted(table, reverse=True)])
+
+
 def _finish(run_dir: Path, model: Model, tokenizer, config, rest, metrics) -> Path:
     import h5py
 
-    sizes, kind, weights = model.config, model.config["model_type"], model.weights()
+    sizes, kind = model.config, model.config["model_type"]
+    weights = {name: variable.numpy() for name, variable in model.variables.items()}
     digest = hashlib.sha256(json.dumps([rest.texts, rest.labels]).encode())
     manifest = {"format": FORMAT, "model_type": kind, "labels": sorted({*rest.labels})}
     manifest |= {**vars(config), "do_lower_case": tokenizer.do_lower_case}
@@ -1736,21 +1738,19 @@ class _Api:
 
     def read_body(self) -> Any:
         """The body, checked; RequestError if it is of another shape or too large."""
-        from pydantic import ValidationError
-
         limit, n_labels = self.config.max_body_bytes, len(self.model.labels)
         try:
             raw = self.request.stream.read(limit + 1)
             if len(raw) <= limit:
                 value = json.loads(raw, parse_constant=int)  # no NaN, no Infinity
                 return _body(self.config, n_labels).model_validate(value)
-        except ValidationError as error:
+        except Exception as error:  # also RecursionError, the server's for a bad chunk
+            if not hasattr(error, "errors"):  # which pydantic's has
+                raise RequestError("not JSON in UTF-8", 400, "not_json") from None
             problem = error.errors(include_url=False, include_input=False)[0]
             field, *index = problem["loc"] or (None,)
             words = f"{field or 'the body'}{index or ''}: {problem['msg']}"  # x[1]: ...
             raise RequestError(words, 422, problem["type"], field) from None
-        except Exception:  # ValueError, RecursionError, the server's for a bad chunk
-            raise RequestError("the body is not UTF-8 JSON", 400, "not_json") from None
         raise RequestError(f"the body is over {limit} bytes", 413, "body_too_large")
 
     def answer_error(self, error: Exception) -> tuple[dict, int, dict[str, str]]:

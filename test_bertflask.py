@@ -88,7 +88,7 @@ from bertflask import (
     serve,
     split_examples,
 )
-from conftest import SHARED, TINY_CONFIG, google_name
+from conftest import SHARED, TINY_CONFIG, google_name, tiny_examples
 
 needs_shared = pytest.mark.needs_shared
 MINILM = "minilm_L-6_H-384_A-12"
@@ -2112,10 +2112,14 @@ def test_a_folder_without_configuration_is_one_clear_error(tmp_path):
         bertflask.read_config(tmp_path)
 
 
+def arrays_of(model):
+    return {name: variable.numpy() for name, variable in model.variables.items()}
+
+
 def test_the_new_head_depends_on_the_seed_alone(tiny_bert_dir):
     def head_of(seed):
         tf.random.set_seed(seed)
-        return bertflask.build_model(tiny_bert_dir, 3).weights()["classifier/kernel"]
+        return arrays_of(bertflask.build_model(tiny_bert_dir, 3))["classifier/kernel"]
 
     heads = [head_of(seed) for seed in (1, 1, 2)]
     assert np.array_equal(heads[0], heads[1]) and not np.array_equal(heads[0], heads[2])
@@ -2262,9 +2266,9 @@ def test_one_trace_serves_all_batch_shapes(tiny_dir, tmp_path):
 
 def test_words_of_no_training_text_are_not_changed(tiny_dir, tmp_path):
     trainer = trainer_of(tiny_dir, tmp_path, ROWS, [])
-    before = trainer.model.weights()[bertflask._WORDS]
+    before = arrays_of(trainer.model)[bertflask._WORDS]
     trainer.fit()
-    moved = (trainer.model.weights()[bertflask._WORDS] != before).any(-1)
+    moved = (arrays_of(trainer.model)[bertflask._WORDS] != before).any(-1)
     used = {int(i) for ids, _ in ROWS for i in ids}
     assert used <= set(np.flatnonzero(moved)) <= {0, *used}
     assert len(moved) > len(used) + 1
@@ -2281,7 +2285,7 @@ def test_words_of_training_texts_move_as_if_all_were_trained(
     trainer.fit()
     whole.fit()
     used = sorted({int(i) for ids, _ in ROWS for i in ids})
-    found, expected = (x.model.weights()[bertflask._WORDS] for x in (trainer, whole))
+    found, expected = (arrays_of(x.model)[bertflask._WORDS] for x in (trainer, whole))
     np.testing.assert_allclose(found[used], expected[used], rtol=0, atol=1e-5)
 
 
@@ -2294,12 +2298,12 @@ def test_the_epoch_with_the_best_validation_loss_is_kept(
     wrong = np.eye(2)[[1 - label_id for _, label_id in rows]]
 
     def remember(token_ids):
-        kept.append(trainer.model.weights())
+        kept.append(arrays_of(trainer.model))
         return next(margins) * wrong
 
     monkeypatch.setattr(trainer, "predict", remember)
     trainer.fit()
-    now = trainer.model.weights()
+    now = arrays_of(trainer.model)
     assert all(np.array_equal(now[name], kept[1][name]) for name in now)
     assert not np.array_equal(now["classifier/kernel"], kept[-1]["classifier/kernel"])
 
@@ -2514,6 +2518,13 @@ def test_with_few_labels_the_recommended_learning_rate_is_lower(given, n_labels,
 label_lists = st.lists(st.tuples(*[st.sampled_from("abcd")] * 2), min_size=1)
 
 
+def test_the_most_confused_pairs_come_first():
+    true, predicted = list("aaabbbcc"), list("bbabacca")
+    found = bertflask.evaluate_predictions(true, predicted)["most_confused"]
+    assert found[0] == (("a", "b"), 2)
+    assert sorted(found[1:]) == [(("b", "a"), 1), (("b", "c"), 1), (("c", "a"), 1)]
+
+
 @given(label_lists)
 def test_metrics_equal_those_of_scikit_learn(pairs):
     true, predicted = map(list, zip(*pairs))
@@ -2593,6 +2604,7 @@ RUN_FILES = {
     "config.json",
     "confusion_matrix.png",
     "golden.json",
+    "likely_label_errors.csv",
     "metrics.json",
     "model.onnx",
     "model.weights.h5",
@@ -2662,7 +2674,7 @@ def test_the_onnx_model_equals_tensorflow(config, data):
         arrays(np.int64, (3, 7), elements=st.integers(0, config["vocab_size"] - 1))
     )
     ids[:, 0] = 2
-    content = bertflask.onnx_model(model.config, model.weights())
+    content = bertflask.onnx_model(model.config, arrays_of(model))
     session = onnxruntime.InferenceSession(content)
     found = session.run(None, {"ids": ids})[0]
     np.testing.assert_allclose(found, model.logits(ids), atol=1e-4, rtol=1e-4)
@@ -2670,8 +2682,8 @@ def test_the_onnx_model_equals_tensorflow(config, data):
 
 def test_albert_stores_its_shared_layer_once(tiny_albert_dir):
     model = bertflask.build_model(tiny_albert_dir, 3)
-    content = bertflask.onnx_model(model.config, model.weights())
-    n_bytes = sum(array.nbytes for array in model.weights().values())
+    content = bertflask.onnx_model(model.config, arrays_of(model))
+    n_bytes = sum(array.nbytes for array in arrays_of(model).values())
     assert n_bytes < len(content) < n_bytes + 12_000
 
 
@@ -2768,6 +2780,67 @@ def test_an_unfinished_run_is_not_continued_but_resumed(copied_run):
         fetch_pretrained(copied_run)
 
 
+def doubtful_rows(run_dir):
+    with (run_dir / "likely_label_errors.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def mislabelled():
+    """150 rows, eight of them with a wrong label, and the numbers of these."""
+    good = tiny_examples(150)
+    labels, lines = list(good.labels), list(range(2, 152))
+    flipped = range(3, 147, 18)
+    for row in flipped:
+        labels[row] = {"animal": "code", "code": "colour"}.get(labels[row], "animal")
+    return Examples(good.texts, labels, lines), {lines[row] for row in flipped}
+
+
+def test_wrong_labels_of_the_validation_rows_are_told_worst_first(
+    mislabelled, tiny_bert_dir, tmp_path
+):
+    examples, wrong_lines = mislabelled
+    changes = {"validation_size": 0.5, "test_size": 0, "n_epochs": 12}
+    changes |= {"max_learn_rate": 5e-3, "min_learn_rate": 1e-3}
+    config = tiny_config(tiny_bert_dir, tmp_path, **changes)
+    found = doubtful_rows(bertflask.train(config, examples))
+    _, validation = bertflask.split_examples(examples, 0.5, config.seed)
+    expected = wrong_lines & {*validation.lines}
+    assert len(expected) > 1 and {int(row["line"]) for row in found} == expected
+    losses = [float(row["loss"]) for row in found]
+    assert losses == sorted(losses, reverse=True) and losses[-1] > 0.69
+    stored = dict(zip(examples.lines, zip(examples.texts, examples.labels)))
+    for row in found:
+        assert (row["text"], row["label"]) == stored[int(row["line"])]
+        assert row["predicted"] == tiny_examples(150).labels[int(row["line"]) - 2]
+
+
+def test_the_losses_of_doubtful_rows_are_those_of_the_served_model(
+    classifier, run_dir, tmp_path
+):
+    texts = ["the cat", "a python", "red mat", "ca\ud800t"]
+    rows = Examples(texts, ["animal", "colour", "animal", "code"])
+    p = classifier.probabilities(texts)
+    bertflask._write_label_errors(tmp_path, rows, classifier.labels, np.log(p))
+    best = [x.label for x in classifier.predict(texts)]
+    own = [classifier.labels.index(label) for label in rows.labels]
+    losses = -np.log(p[range(4), own])
+    other = [i for i in np.argsort(-losses) if best[i] != rows.labels[i]]
+    found = doubtful_rows(tmp_path)
+    assert len(other) > 1 and [row["label"] for row in found] == [
+        rows.labels[i] for i in other
+    ]
+    found_losses = [float(row["loss"]) for row in found]
+    np.testing.assert_allclose(found_losses, losses[other], rtol=1e-4)
+    assert {row["line"] for row in found} == {""}
+
+
+def test_without_validation_no_label_is_doubted(tiny_bert_dir, examples, tmp_path):
+    config = tiny_config(tiny_bert_dir, tmp_path, validation_size=0)
+    run_dir = bertflask.train(config, examples)
+    assert not (run_dir / "likely_label_errors.csv").exists()
+
+
 @pytest.mark.parametrize("name", ["model.onnx", "vocab.txt", "golden.json"])
 def test_a_damaged_file_is_found_by_its_digest(copied_run, name):
     content = bytearray((copied_run / name).read_bytes())
@@ -2788,6 +2861,7 @@ def test_a_missing_file_is_one_clear_error(copied_run, name):
 
 def test_files_that_serving_does_not_read_may_go(copied_run):
     for name in (
+        "likely_label_errors.csv",
         "model.weights.h5",
         "metrics.json",
         "confusion_matrix.png",
@@ -5270,7 +5344,7 @@ def test_help_lists_the_commands(run, args):
 
 def test_help_starts_without_a_heavy_package():
     heavy = "tensorflow bert tokenizers sentencepiece onnxruntime sklearn matplotlib"
-    heavy += " flask waitress huggingface_hub pydantic tqdm requests"
+    heavy += " flask waitress huggingface_hub pydantic requests"
     heavy += " prometheus_client"
     script = "import sys, bertflask; bertflask.main(['train', '--help'])\n"
     script += f"sys.exit(bool(set(sys.modules) & set({heavy.split()})))"
