@@ -1090,7 +1090,7 @@ def evaluate_predictions(true: list[str], predicted: list[str]) -> dict:
 def plot_confusion_matrix(true: list[str], predicted: list[str], path: Path) -> None:
     """Writes a PNG: rows are true labels in per cent, each cell with its count."""
     from matplotlib.figure import Figure
-    from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
+    from sklearn.metrics import confusion_matrix
 
     labels = sorted({*true, *predicted})
     counts = confusion_matrix(true, predicted, labels=labels)
@@ -1098,16 +1098,21 @@ def plot_confusion_matrix(true: list[str], predicted: list[str], path: Path) -> 
     names = [" ".join(x.split())[:40].replace("$", r"\$") for x in labels]  # no formula
     size = min(4 + 0.35 * len(labels), 60)  # inches
     axes = Figure((size + 2, size), layout="constrained").subplots()
-    look = {"cmap": "Blues", "include_values": False, "xticks_rotation": 90}
-    look["im_kw"] = {"vmin": 0, "vmax": 100, "alpha": 0.5}  # pale: the notes are black
-    ConfusionMatrixDisplay(shares, display_labels=names).plot(ax=axes, **look)
+    look = {"cmap": "Blues", "vmin": 0, "vmax": 100, "alpha": 0.5}  # notes are black
+    places = range(len(labels))
+    cells = axes.pcolormesh(places, places, shares, **look)  # an image takes a gigabyte
+    axes.figure.colorbar(cells, label="% of the true label")
+    axes.set(xlabel="predicted label", xticks=places, xticklabels=names)
+    axes.set(ylabel="true label", yticks=places, yticklabels=names)
+    axes.tick_params("x", rotation=90)
+    axes.invert_yaxis()
     for row, column in np.argwhere(counts):
         note = f"{shares[row, column]:.0f} %\n{counts[row, column]}"
         axes.text(column, row, note, ha="center", va="center", fontsize=6)
     axes.figure.savefig(path)
 
 
-# === 10. Artifact: onnx_model, train, find_run ===
+# === 10. Artifact: onnx_model, train ===
 Data = str | Path | Examples | None  # a file, a built-in source's name or the rows
 _START = "checkpoint/start.json"  # the parameters and rows of an unfinished run
 FORMAT, LATEST = 1, "latest_model_config.json"  # of config.json; names the run served
@@ -1345,16 +1350,6 @@ def _open_model(run_dir: Path, config: dict, tokenizer: Tokenizer, limit: float)
     return session
 
 
-def find_run(run_dir: str | Path | None, models_dir: str | Path = "models") -> Path:
-    """`run_dir`, or the run that latest_model_config.json names; else ArtifactError."""
-    if run_dir is not None:
-        return Path(run_dir)
-    path = Path(models_dir, LATEST)
-    if not path.exists():
-        raise ArtifactError(f"{path}: no model was trained yet; train one")
-    return path.parent / _read_object(path, ArtifactError, model_dir=str)["model_dir"]
-
-
 # === 11. Prediction: Prediction, Classifier, Batcher ===
 _BULK_TOKENS, _BATCH_TOKENS = 4096, 192  # in a batch, padding included
 _STUCK_S = 30.0  # a batch that takes longer does not come back
@@ -1411,7 +1406,12 @@ class Classifier:
     @classmethod
     def load(cls, run_dir=None, models_dir: str | Path = "models") -> Classifier:
         """A run, by default the latest; ArtifactError unless it answers as trained."""
-        place = find_run(run_dir, models_dir) / "config.json"
+        if run_dir is None:
+            if not (path := Path(models_dir, LATEST)).exists():
+                raise ArtifactError(f"{path}: no model was trained yet; train one")
+            latest = _read_object(path, ArtifactError, model_dir=str)
+            run_dir = path.parent / latest["model_dir"]
+        place = Path(run_dir, "config.json")
         config = _read_object(place, ArtifactError, **_MANIFEST_TYPES)
         if (found := config.get("format")) != FORMAT:
             raise ArtifactError(f"{place}: format {found}, bertflask reads {FORMAT}")

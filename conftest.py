@@ -172,9 +172,15 @@ def tiny_models_dir(tiny_bert_dir, examples, tmp_path_factory) -> Path:
     return models_dir
 
 
+def latest_run(models_dir: Path) -> Path:
+    """The run that is served."""
+    latest = json.loads((models_dir / bertflask.LATEST).read_text())
+    return models_dir / latest["model_dir"]
+
+
 @pytest.fixture(scope="session")
 def run_dir(tiny_models_dir) -> Path:
-    return bertflask.find_run(None, tiny_models_dir)
+    return latest_run(tiny_models_dir)
 
 
 @pytest.fixture(scope="session")

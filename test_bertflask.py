@@ -88,7 +88,7 @@ from bertflask import (
     serve,
     split_examples,
 )
-from conftest import SHARED, TINY_CONFIG, google_name, tiny_examples
+from conftest import SHARED, TINY_CONFIG, google_name, latest_run, tiny_examples
 
 needs_shared = pytest.mark.needs_shared
 MINILM = "minilm_L-6_H-384_A-12"
@@ -2596,6 +2596,33 @@ def test_the_confusion_matrix_shows_row_percentages_and_counts(tmp_path, monkeyp
     assert notes == {(0, 0): "67 %\n2", (0, 1): "33 %\n1", (1, 1): "100 %\n1"}
 
 
+def test_the_confusion_matrix_has_the_first_label_at_the_top_left(tmp_path):
+    import matplotlib.image
+
+    true, predicted = ["a"] * 4 + ["b"] * 4, ["a"] * 4 + ["a"] * 3 + ["b"]
+    bertflask.plot_confusion_matrix(true, predicted, tmp_path / "matrix.png")
+    red = matplotlib.image.imread(tmp_path / "matrix.png")[..., 0]
+    height, width = red.shape
+    top, bottom = red[height // 5], red[3 * height // 5]
+    # the more of a label, the less red: all of a is a; of b 75 % are a and 25 % are b
+    left, right = width * 3 // 10, width * 6 // 10
+    shades = [top[left], bottom[left], bottom[right], top[right]]
+    assert shades == sorted(shades) and len({*shades}) == 4
+
+
+def test_the_confusion_matrix_of_many_labels_takes_little_memory(tmp_path):
+    code = """if 1:
+        import resource, sys, matplotlib.figure, sklearn.metrics, bertflask
+        from pathlib import Path
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        names = [f"label {i}" for i in range(150)]
+        bertflask.plot_confusion_matrix(names, names[::-1], Path(sys.argv[1], "m"))
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"""
+    command = [sys.executable, "-c", code, tmp_path]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True)
+    assert int(done.stdout) < 500_000  # KB; as an image it takes 1,200,000
+
+
 # === 10. Artifact ===
 
 RUN_FILES = {
@@ -3040,7 +3067,7 @@ def test_a_run_that_fails_leaves_the_last_model_serving(
     monkeypatch.setattr(f"bertflask.{name}", fail)
     with pytest.raises(OSError, match="No space left"):
         bertflask.train(tiny_config(tiny_bert_dir, models_dir, n_epochs=1), examples)
-    assert bertflask.find_run(None, models_dir).name == run_dir.name
+    assert latest_run(models_dir).name == run_dir.name
     finished = [p.name for p in (models_dir / "trained").iterdir() if p.suffix == ""]
     assert finished == [run_dir.name]
 
@@ -3111,7 +3138,7 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(
                     for x in (run_dir, whole_run))  # fmt: skip
     assert ours["per_label"] == theirs["per_label"]
     assert not (run_dir / "checkpoint").exists()
-    assert bertflask.find_run(None, tmp_path) == run_dir
+    assert latest_run(tmp_path) == run_dir
 
 
 @pytest.mark.parametrize(
@@ -3182,7 +3209,7 @@ def test_a_run_in_training_cannot_be_resumed_beside_it(
 
 def test_a_run_is_resumed_where_it_lies(stopped_run, tmp_path, monkeypatch):
     monkeypatch.chdir(stopped_run)
-    assert resume(".") == bertflask.find_run(None, tmp_path / "models")
+    assert resume(".") == latest_run(tmp_path / "models")
 
 
 def test_the_latest_run_is_the_last_that_can_go_on(stopped_run):
