@@ -747,10 +747,9 @@ class Model:
         x = self._dropout(self.pooled(token_ids), 0.1)
         return self.tf.cast(self._dense(x, "classifier"), "float32")
 
-    def _dropout(self, x: Any, rate: float) -> Any:
+    def _dropout(self, x: Any, rate: float) -> Any:  # with noise of this place alone
         if self.seed is None or not rate:
             return x
-        # every place in the model has its own noise
         self.seed = self.tf.random.experimental.stateless_fold_in(self.seed, 1)
         return self.tf.nn.experimental.stateless_dropout(x, rate, self.seed)
 
@@ -1997,4 +1996,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    log.propagate = False  # or libraries that set up the root logger show all twice
     sys.exit(main())

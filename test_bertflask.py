@@ -5436,6 +5436,16 @@ def test_help_starts_without_a_heavy_package():
     assert subprocess.run(command, cwd=here, stdout=subprocess.DEVNULL).returncode == 0
 
 
+def test_a_log_line_is_shown_once_though_a_library_set_up_the_root_logger(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label\na,x\nb,y\n,y\n")
+    code = "import logging, runpy, sys; logging.basicConfig(); "
+    code += "sys.argv = ['bertflask.py', 'check', sys.argv[1]]; "
+    code += "runpy.run_path('bertflask.py', run_name='__main__')"
+    command = [sys.executable, "-c", code, tmp_path / "a.csv"]
+    done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0 and done.stderr.count("left out") == 1
+
+
 def test_an_empty_command_line_gives_the_default_configuration(run, train_calls):
     assert run("train")[0] == 0
     assert train_calls == [(TrainConfig(), None, None)]
