@@ -51,7 +51,6 @@ from typing import Annotated, Any, TextIO
 
 import click
 import numpy as np
-from tqdm import tqdm
 
 # === 1. Names and errors: BertFlaskError and one subclass per room that can fail ===
 __version__ = "1.0.0"
@@ -256,6 +255,8 @@ def _download(path: str, part_path: Path) -> str:
 
 def _download_rest(url: str, part_path: Path) -> None:
     """Completes `part_path`, from its end if the server still has that version."""
+    from tqdm import tqdm
+
     etag_path, request = part_path.with_suffix(".etag"), urllib.request.Request(url)
     etag = etag_path.read_text() if etag_path.exists() and part_path.exists() else ""
     if etag.startswith('"'):  # a weak one cannot be continued
@@ -812,7 +813,7 @@ def build_model(checkpoint_dir: str | Path, n_labels: int, load_weights=True) ->
     return Model(config, variables)
 
 
-def _load_weights(checkpoint_dir: Path, variables: dict, has_head=False) -> None:
+def _load_weights(checkpoint_dir: Path, variables: dict, is_head=False) -> None:
     path = checkpoint_dir / "model.safetensors"
     if is_hugging_face := path.exists():
         import safetensors
@@ -828,7 +829,7 @@ def _load_weights(checkpoint_dir: Path, variables: dict, has_head=False) -> None
         reader = _tensorflow().train.load_checkpoint(str(path.with_suffix("")))
         keys, read = reader.get_variable_to_shape_map(), reader.get_tensor
     stored = {_common_name(key): key for key in keys}
-    for name in [x for x in variables if has_head or not x.startswith("classifier/")]:
+    for name in [x for x in variables if x.startswith("classifier/") == is_head]:
         if (key := stored.get(_common_name(name))) is None:
             raise PretrainedError(f"{path}: variable {name} is missing")
         array = np.asarray(read(key), np.float32)
@@ -875,7 +876,7 @@ def learn_rate(
 _DECAYS, _PRECISIONS = ("exponential", "constant"), ("float32", "bfloat16", "float16")
 _CLASS_WEIGHTS = {"none": 0.0, "sqrt": 0.5, "balanced": 1.0}  # powers of 1 / count
 CLIP_NORM, _WORDS = 1.0, _EMBEDDINGS[0]
-_TEMPERATURES = np.geomspace(0.25, 4, 33).tolist()  # to calibrate, Guo et al. 2017
+_TEMPERATURES = np.geomspace(0.25, 4, 65).tolist()  # to calibrate, Guo et al. 2017
 
 
 def _field(help: str, default: Any, within=(), else_: Any = None, **flag: Any) -> Any:
@@ -885,10 +886,8 @@ def _field(help: str, default: Any, within=(), else_: Any = None, **flag: Any) -
     flag["show_default"] = else_ or True
     if kind and else_:
         flag["show_default"] = f"the model's recommendation, else {else_}"
-    if within:
-        flag["type"] = kind(*within) if kind else click.Choice(within)
-    metadata = {"else_": else_, "within": within, "flag": flag}
-    return dataclasses.field(default=default, metadata=metadata)
+    flag["type"] = (kind(*within) if kind else click.Choice(within)) if within else None
+    return dataclasses.field(default=default, metadata={"else_": else_, "flag": flag})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -913,7 +912,7 @@ class TrainConfig:
     patience: int = _field("bad epochs, then stop; 0: never", 0, (0, 2**20))
     gpu: str | None = _field("index of the GPU", None, (), "the first, if any")
     precision: str = _field("of matrix products", "float32", _PRECISIONS)
-    resume: str | None = _field("go on with RUN", None, (), "none", flag_value="latest")
+    resume: str | None = _field("RUN, or latest", None, (), "none", flag_value="latest")
     checkpoint_minutes: float = _field("between checkpoints", 10.0, (0, 1e6))
     models_dir: str = _field("folder of pretrained and trained models", "models")
 
@@ -922,13 +921,12 @@ class TrainConfig:
         row = PRETRAINED.get(_STAMP.sub("", Path(self.model_name).name))  # or a folder
         values, recommended = dataclasses.asdict(self), row.recommended if row else {}
         for field in dataclasses.fields(self):
-            name, fit = field.name, field.metadata["within"]
-            if (value := values[name]) is None and fit:
+            name, kind = field.name, field.metadata["flag"]["type"]
+            if (value := values[name]) is None and kind:
                 value = values[name] = recommended.get(name, field.metadata["else_"])
-            is_word = bool(fit) and isinstance(fit[0], str)
-            if fit and not (value in fit if is_word else fit[0] <= value <= fit[1]):
-                words = (" or " if is_word else " to ").join(map(str, fit))
-                raise TrainingError(f"{name} is {value!r}; use {words}")
+            with _raising(TrainingError, f"{name} is {value!r}"):
+                if kind and (value is None or kind(value) != value):  # NaN is not NaN
+                    raise ValueError("it has another type; see train --help")
         if self.n_epochs is None and recommended:  # little data needs more of them
             enough = math.ceil((200 + 10 * n_labels) * values["batch_size"] / n_rows)
             values["n_epochs"] = max(values["n_epochs"], min(enough, 40))
@@ -1003,6 +1001,8 @@ class _Trainer:  # goes on from the run's last checkpoint; keeps the best epoch
         return figures | {"train_texts_per_s": epoch * n / self.seconds}
 
     def _epoch(self, epoch: int) -> None:
+        from tqdm import tqdm
+
         config, rng = self.config, np.random.default_rng([self.config.seed, epoch - 1])
         lengths = [len(ids) for ids, _ in self.train]
         batches = batches_by_length(lengths, config.batch_size, rng)
@@ -1212,7 +1212,7 @@ def train(config: TrainConfig, data: Data = None, test: Data = None) -> Path:
     _tensorflow().random.set_seed(config.seed)
     model = build_model(path, len(labels))
     if _is_run(path) and _read_object(path / "config.json").get("labels") == labels:
-        _load_weights(path, model.variables, has_head=True)
+        _load_weights(path, model.variables, is_head=True)
     if config.max_seq_len > (most := model.config["max_position_embeddings"]):
         raise TrainingError(f"lower max_seq_len: the model has {most} positions")
     if (n := tokenizer.vocab_size) > (most := model.config["vocab_size"]):
@@ -1233,8 +1233,8 @@ def train(config: TrainConfig, data: Data = None, test: Data = None) -> Path:
             pair = (held_out.labels, [labels[i] for i in best])
             plot_confusion_matrix(*pair, run_dir / "confusion_matrix.png")
             metrics |= evaluate_predictions(*pair)
-        if texts := parts[1].texts:
-            logits = trainer.predict(encode(texts)) / metrics["temperature"]
+        if token_ids := [ids for ids, _ in rows[1]]:
+            logits = trainer.predict(token_ids) / metrics["temperature"]
             _write_label_errors(run_dir, parts[1], labels, logits)
         _write_json(run_dir / "metrics.json", metrics)
         return _finish(run_dir, model, tokenizer, config, rest, metrics)
@@ -1543,8 +1543,7 @@ class Batcher:
         self._thread.join()
 
     def is_working(self) -> bool:
-        is_going = self._thread.is_alive() and time.monotonic() - self._began < _STUCK_S
-        return is_going or not isinstance(self.classifier, Classifier)
+        return self._thread.is_alive() and time.monotonic() - self._began < _STUCK_S
 
     def wait_s(self) -> int:  # to empty the queue
         return math.ceil(self.n_tokens / self._rate) or 1
@@ -1673,12 +1672,12 @@ class _Api:
             raise RequestError("send an API key", 401, "unauthorized", "Authorization")
 
     def readyz(self) -> dict:
+        model, reason = self.model, self.reload_error
         if self.draining:
             raise RequestError("the server is shutting down", 503, "draining")
-        if not self.model.is_working():
+        if isinstance(model.classifier, Classifier) and not model.is_working():
             raise RequestError("the model's thread is stuck or dead", 503, "stuck")
-        model, reason = self.model.name, self.reload_error
-        return {"status": "ready", "model": model, "reload_error": reason}
+        return {"status": "ready", "model": model.name, "reload_error": reason}
 
     def show_metrics(self) -> tuple[bytes, dict]:
         import prometheus_client as prometheus

@@ -2324,9 +2324,9 @@ def test_the_temperature_is_the_one_of_least_loss(
         return metrics.log_loss([y for _, y in rows], at)
 
     best = scipy.optimize.minimize_scalar(loss, bounds=(0.2, 5), method="bounded").x
-    assert trainer.fit()["temperature"] == pytest.approx(best, rel=0.05)
+    assert trainer.fit()["temperature"] == pytest.approx(best, rel=0.03)
     (found,) = scalars(tmp_path / "validation")["loss"].values()
-    assert found == pytest.approx(loss(best), abs=3e-4)
+    assert found == pytest.approx(loss(best), abs=1e-4)
 
 
 def test_an_epoch_that_is_right_wins_over_one_that_is_less_sure(
@@ -2434,6 +2434,9 @@ def test_training_works_in_lower_precision(tiny_dir, tmp_path, precision):
         ({"batch_size": 0}, "batch_size is 0"),
         ({"max_learn_rate": 1e-5, "min_learn_rate": 1e-4}, "min_learn_rate"),
         ({"precision": "int8"}, "precision is 'int8'"),
+        ({"batch_size": 2.5}, "batch_size is 2.5"),
+        ({"batch_size": "12"}, "batch_size is '12'"),
+        ({"schedule": None}, "schedule is None"),
         ({"warmup_proportion": float("nan")}, "warmup_proportion is nan"),
         ({"gpu": "7"}, "gpu is '7'"),
         ({"max_seq_len": 65}, "the model has 64 positions"),
@@ -3161,10 +3164,8 @@ def digests(run_dir):
     return {name: bertflask._digest(run_dir / name) for name in names}
 
 
-@pytest.mark.parametrize(
-    ("steps", "minutes"),
-    [([0], 10.0), ([1, 4], 0.0), ([6], 10.0), ([7, 11], 0.0), ([7, 11], 10.0)],
-)
+@pytest.mark.parametrize("minutes", [0.0, 10.0])
+@pytest.mark.parametrize("steps", [[0], [1, 4], [6], [7, 11]])
 def test_a_resumed_run_ends_as_one_that_was_never_stopped(
     tiny_dir, examples, whole_run, tmp_path, monkeypatch, steps, minutes
 ):
@@ -5427,7 +5428,7 @@ def test_help_lists_the_commands(run, args):
 
 def test_help_starts_without_a_heavy_package():
     heavy = "tensorflow bert tokenizers sentencepiece onnxruntime sklearn matplotlib"
-    heavy += " flask waitress huggingface_hub pydantic requests"
+    heavy += " flask waitress huggingface_hub pydantic tqdm requests"
     heavy += " prometheus_client"
     script = "import sys, bertflask; bertflask.main(['train', '--help'])\n"
     script += f"sys.exit(bool(set(sys.modules) & set({heavy.split()})))"
@@ -5453,8 +5454,8 @@ def test_an_empty_command_line_gives_the_default_configuration(run, train_calls)
 
 @pytest.mark.parametrize("field", dataclasses.fields(TrainConfig), ids=lambda f: f.name)
 def test_every_parameter_has_its_flag(run, train_calls, field):
-    kind, within = field.type.split()[0], field.metadata["within"]
-    value = {"int": 3, "float": 0.25, "str": ["x", *within][-1]}[kind]
+    words = getattr(field.metadata["flag"]["type"], "choices", ["x"])
+    value = {"int": 3, "float": 0.25, "str": words[-1]}[field.type.split()[0]]
     assert run("train", "--" + field.name.replace("_", "-"), value)[0] == 0
     expected = dataclasses.replace(TrainConfig(), **{field.name: value})
     assert train_calls == [(expected, None, None)]
