@@ -16,6 +16,7 @@ import ast
 import base64
 import contextlib
 import csv
+import ctypes
 import dataclasses
 import fcntl
 import functools
@@ -1122,7 +1123,7 @@ _SERVED_FILES = ("model.onnx", "golden.json")  # and the vocabulary
 _EXPORT_TOLERANCE, _LOAD_TOLERANCE = 1e-4, 1e-3  # of logits
 # Not rows of the training data, which may be private.
 _GOLDEN_TEXTS = ("", "How do I sort a list?", "Café “€5”, Ω, мир, 你好, 👩‍👩‍👧! " * 40)
-_PACKAGES = "tensorflow bert-for-tf2 numpy tokenizers sentencepiece onnx".split()
+_STACK = "tensorflow bert-for-tf2 numpy tokenizers sentencepiece onnx".split()
 _MANIFEST_TYPES = {"do_lower_case": bool, "labels": list, "files": dict}
 _MANIFEST_TYPES |= {"max_seq_len": int, "model_type": str, "trained_at": str}
 _MODEL_CARD = """# Text classifier on {model_name}, by bertflask {versions[bertflask]}
@@ -1288,8 +1289,7 @@ def _finish(run_dir: Path, model: Model, tokenizer, config, rest, metrics) -> Pa
     manifest["trained_at"] = time.strftime("%Y-%m-%d %H:%M:%S", made)
     manifest["metrics"] = {key: metrics[key] for key in ("accuracy", "macro_f1")}
     manifest["data"] = {"n": len(rest.texts), "sha256": digest.hexdigest()}
-    manifest["versions"] = {x: version(x) for x in _PACKAGES}
-    manifest["versions"]["bertflask"] = __version__
+    manifest["versions"] = {x: version(x) for x in _STACK} | {"bertflask": __version__}
     vocab = shutil.copyfile(tokenizer.vocab_path, run_dir / _VOCAB_NAMES[kind])
     _write_json(run_dir / f"{kind}_config.json", sizes)
     with h5py.File(run_dir / _WEIGHTS, "w") as file:
@@ -1858,6 +1858,8 @@ def serve(config: ServeConfig, run_dir: str | None, models_dir: str) -> None:
 def _serve_here(listener, ready, config, run_dir, models_dir) -> None:
     import waitress
 
+    # M_TRIM_THRESHOLD of glibc: else the process keeps what old models held.
+    getattr(ctypes.CDLL(None), "mallopt", max)(-1, 2**17)
     load = functools.partial(Classifier.load, run_dir, models_dir)
     latest = Path(run_dir or models_dir, "config.json" if run_dir else LATEST)
     seen = latest.is_file() and latest.read_bytes()  # first: no change is missed
@@ -1960,12 +1962,11 @@ def _predict_command(in_path: Path, out_path: Path, text_column, **place) -> Non
     if column is None and len(table.names) > 1:
         raise DataError(f"{in_path}: choose --text-column among {table.names!s:.500}")
     predictions = Classifier.load(**place).predict([r[column or 0] for r in table.rows])
-    names, added = table.names, ("label", "probability")
-    names = [*names, *(f"predicted_{x}" if x in names else x for x in added)]
+    added = ["predicted_" * (x in table.names) + x for x in ("label", "probability")]
     rows = ([*row, x.label, x.probability] for row, x in zip(table.rows, predictions))
     with _replacing(out_path) as file:
         writer = csv.writer(file, "excel-tab" if out_path.suffix == ".tsv" else "excel")
-        writer.writerows([names, *rows])
+        writer.writerows([[*table.names, *added], *rows])
 
 
 @_command("serve --port 80", "run_dir models_dir", *ServeConfig.__annotations__)
