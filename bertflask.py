@@ -884,9 +884,8 @@ def _field(help: str, default: Any, within=(), else_: Any = None, **flag: Any) -
     """A field and its flag: `within` are bounds or choices, `else_` what None means."""
     kind = {int: click.IntRange, float: click.FloatRange}.get(type(else_ or default))
     flag |= {"help": help, "default": default, "is_flag": default is False}
-    flag["show_default"] = else_ or True
-    if kind and else_:
-        flag["show_default"] = f"the model's recommendation, else {else_}"
+    words = "the model's recommendation, else " if kind else ""
+    flag["show_default"] = f"{words}{else_}" if else_ else True
     flag["type"] = (kind(*within) if kind else click.Choice(within)) if within else None
     return dataclasses.field(default=default, metadata={"else_": else_, "flag": flag})
 
@@ -1173,9 +1172,9 @@ _ONNX_LAYER = """
 """
 
 
-def onnx_model(config: dict, weights: dict[str, np.ndarray]) -> bytes:
-    """The ONNX graph from `ids` int64 [batch, length] to `logits`, with its weights."""
-    from onnx import numpy_helper, parser
+def onnx_model(config: dict, weights: dict[str, np.ndarray]) -> Iterator[bytes]:
+    """The ONNX graph from `ids` int64 [batch, length] to `logits`, a file in parts."""
+    from onnx import GraphProto, ModelProto, numpy_helper, parser
 
     is_bert = config["model_type"] == "bert"
     config = config | {"n_labels": len(weights["classifier/bias"]), "layers": ""}
@@ -1188,9 +1187,10 @@ def onnx_model(config: dict, weights: dict[str, np.ndarray]) -> bytes:
         config["layers"] += _ONNX_LAYER.format_map(config)
     cls_row = (f"Identity (x{i})", f"Gather <axis = 1> (x{i}, first)")
     model = parser.parse_model(_ONNX_GRAPH.format_map(config).replace(*cls_row))
-    arrays = (numpy_helper.from_array(weights[name], name) for name in sorted(weights))
-    model.graph.initializer.extend(arrays)
-    return model.SerializeToString(deterministic=True)
+    yield model.SerializeToString(deterministic=True)
+    for name in sorted(weights):  # as one message, they take three times their memory
+        array = numpy_helper.from_array(weights[name], name)
+        yield ModelProto(graph=GraphProto(initializer=[array])).SerializeToString()
 
 
 def train(config: TrainConfig, data: Data = None, test: Data = None) -> Path:
@@ -1294,7 +1294,8 @@ def _finish(run_dir: Path, model: Model, tokenizer, config, rest, metrics) -> Pa
     _write_json(run_dir / f"{kind}_config.json", sizes)
     with h5py.File(run_dir / _WEIGHTS, "w") as file:
         file.update(weights)
-    (run_dir / "model.onnx").write_bytes(onnx_model(sizes, weights))
+    with (run_dir / "model.onnx").open("wb") as file:
+        file.writelines(onnx_model(sizes, weights))
     token_ids = tokenizer.encode(_GOLDEN_TEXTS, manifest["max_seq_len"])
     with _tensorflow().device("/CPU:0"):  # and in float32
         logits = Model(sizes, model.variables).logits(pad(token_ids)).numpy().tolist()
@@ -1357,7 +1358,7 @@ _LATE = ("the deadline has passed", 504, "deadline_passed")
 
 
 def _metrics() -> Any:
-    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
     registry = CollectorRegistry()
     shares = functools.partial(Histogram, buckets=[i / 10 for i in range(1, 11)])
@@ -1373,7 +1374,7 @@ def _metrics() -> Any:
         (Counter, "cache_hits", "Texts answered without computing"),
         (Counter, "predictions", "Texts by their best label", ["label"]),
         (shares, "top_probability", "Probability of the best label"),
-        (Gauge, "model_info", "The model that answers", ["model"]),
+        (Info, "model", "The model that answers"),
         (Counter, "reloads", "New models, and why they failed", ["result"]),
     )
     options = {"namespace": "bertflask", "registry": registry}
@@ -1682,8 +1683,7 @@ class _Api:
     def show_metrics(self) -> tuple[bytes, dict]:
         import prometheus_client as prometheus
 
-        self.metrics.model_info.clear()
-        self.metrics.model_info.labels(self.model.name).set(1)
+        self.metrics.model.info({"model": self.model.name})
         text = prometheus.generate_latest(self.metrics.registry)
         return text, {"Content-Type": prometheus.CONTENT_TYPE_LATEST}
 

@@ -2716,15 +2716,24 @@ def test_the_onnx_model_equals_tensorflow(config, data):
         arrays(np.int64, (3, 7), elements=st.integers(0, config["vocab_size"] - 1))
     )
     ids[:, 0] = 2
-    content = bertflask.onnx_model(model.config, arrays_of(model))
+    content = b"".join(bertflask.onnx_model(model.config, arrays_of(model)))
     session = onnxruntime.InferenceSession(content)
     found = session.run(None, {"ids": ids})[0]
     np.testing.assert_allclose(found, model.logits(ids), atol=1e-4, rtol=1e-4)
 
 
+def test_the_onnx_model_is_made_in_parts_of_one_array(tiny_bert_dir):
+    arrays = arrays_of(bertflask.build_model(tiny_bert_dir, 3))
+    config = bertflask.read_config(tiny_bert_dir)
+    graph, *parts = map(len, bertflask.onnx_model(config, arrays))
+    sizes = [arrays[name].nbytes for name in sorted(arrays)]
+    assert graph < 20_000 and len(parts) == len(sizes)
+    assert all(n < size + 200 for n, size in zip(parts, sizes))
+
+
 def test_albert_stores_its_shared_layer_once(tiny_albert_dir):
     model = bertflask.build_model(tiny_albert_dir, 3)
-    content = bertflask.onnx_model(model.config, arrays_of(model))
+    content = b"".join(bertflask.onnx_model(model.config, arrays_of(model)))
     n_bytes = sum(array.nbytes for array in arrays_of(model).values())
     assert n_bytes < len(content) < n_bytes + 12_000
 
