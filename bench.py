@@ -439,7 +439,7 @@ def _run_alone(command: list) -> dict[str, float]:
 # === 6. Endurance: bench_endurance ===
 
 _TOLERANCE = 1e-5  # of probabilities, between a batch of one and any other
-_GROWTH = 1.1  # of memory, from the second to the last third of the time
+_GROWTH = 1.25, 1.1  # of memory, to the last third of the time from those before it
 _N_CLIENTS, _N_WAITING, _N_TEXTS = 500, 256, 500
 _RELOAD_S, _CAPACITY_S = 6, 5.0
 _LATE, _REFUSALS = "X-Request-Deadline-Ms", (429, 503, 504)  # that good input may meet
@@ -619,15 +619,17 @@ def _overload(
 
 
 def _growth(memory: list[float]) -> list[str]:
-    """The same for memory; the first third of the time is to warm up.
+    """The same for memory, the least of each third of the time.
 
-    The least tells: a server holds two models until the old one's answers are given,
-    which the deadline ends before the next one comes."""
+    The most would not tell: a server holds two models until the old one's answers are
+    given, which the deadline ends before the next one comes."""
     thirds = np.array_split(memory, 3)
-    _, middle, last = least = [float(min(third)) for third in thirds]
+    *before, last = least = [float(min(third)) for third in thirds]
     for what, values in (("least", least), ("most", map(max, thirds))):
         click.echo(f"{what} MB in each third of the time: {[*map(round, values)]}")
-    return [f"memory grew by {last / middle - 1:.0%}"] * (last > _GROWTH * middle)
+    grown = [last / size for size in before]
+    over = [x > most for x, most in zip(grown, _GROWTH)]
+    return [f"memory grew by {x - 1:.0%}" for x in itertools.compress(grown, over)]
 
 
 def _capacity(traffic: Traffic) -> float:

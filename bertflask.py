@@ -1858,8 +1858,8 @@ def serve(config: ServeConfig, run_dir: str | None, models_dir: str) -> None:
 def _serve_here(listener, ready, config, run_dir, models_dir) -> None:
     import waitress
 
-    # M_TRIM_THRESHOLD of glibc: else the process keeps what old models held.
-    getattr(ctypes.CDLL(None), "mallopt", max)(-1, 2**17)
+    with contextlib.suppress(AttributeError):  # else glibc keeps what old models held
+        ctypes.CDLL(None).mallopt(-1, 2**17)  # M_TRIM_THRESHOLD
     load = functools.partial(Classifier.load, run_dir, models_dir)
     latest = Path(run_dir or models_dir, "config.json" if run_dir else LATEST)
     seen = latest.is_file() and latest.read_bytes()  # first: no change is missed

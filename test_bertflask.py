@@ -4864,7 +4864,8 @@ class Served:
 
     def is_refusing(self):
         address = "127.0.0.1", self.port
-        with contextlib.suppress(ConnectionRefusedError):
+        # Whom the kernel lets in at the very moment that the socket closes, it resets.
+        with contextlib.suppress(ConnectionRefusedError, ConnectionResetError):
             socket.create_connection(address).close()
             return False
         return True
