@@ -1188,7 +1188,7 @@ def onnx_model(config: dict, weights: dict[str, np.ndarray]) -> Iterator[bytes]:
     cls_row = (f"Identity (x{i})", f"Gather <axis = 1> (x{i}, first)")
     model = parser.parse_model(_ONNX_GRAPH.format_map(config).replace(*cls_row))
     yield model.SerializeToString(deterministic=True)
-    for name in sorted(weights):  # as one message, they take three times their memory
+    for name in sorted(weights):  # protobuf merges parts; a whole takes 3 x the memory
         array = numpy_helper.from_array(weights[name], name)
         yield ModelProto(graph=GraphProto(initializer=[array])).SerializeToString()
 
@@ -1858,8 +1858,8 @@ def serve(config: ServeConfig, run_dir: str | None, models_dir: str) -> None:
 def _serve_here(listener, ready, config, run_dir, models_dir) -> None:
     import waitress
 
-    with contextlib.suppress(AttributeError):  # else glibc keeps what old models held
-        ctypes.CDLL(None).mallopt(-1, 2**17)  # M_TRIM_THRESHOLD
+    with contextlib.suppress(AttributeError):  # no glibc, which else keeps old models
+        ctypes.CDLL(None).mallopt(-1, 2**17)  # M_TRIM_THRESHOLD: fixed at its default
     load = functools.partial(Classifier.load, run_dir, models_dir)
     latest = Path(run_dir or models_dir, "config.json" if run_dir else LATEST)
     seen = latest.is_file() and latest.read_bytes()  # first: no change is missed
