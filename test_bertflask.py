@@ -1956,6 +1956,33 @@ def test_logits_do_not_depend_on_the_padding(tiny_model, n_pads, length):
     np.testing.assert_allclose(tiny_model.logits(padded), logits, atol=1e-5)
 
 
+def noisy_gradients(model, token_ids):
+    tf = bertflask._tensorflow()
+    variables = [*model.variables.values()]
+
+    @tf.function(autograph=False)
+    def gradients(seed):
+        with tf.GradientTape() as tape:
+            logits = dataclasses.replace(model, seed=seed).logits(token_ids)
+            loss = tf.reduce_sum(tf.nn.log_softmax(logits)[:, 0])
+        return loss, [*map(tf.convert_to_tensor, tape.gradient(loss, variables))]
+
+    return gradients(np.array([3, 7], np.int32))
+
+
+# With dropout: what is computed again has to meet the same noise.
+def test_computing_again_for_the_gradient_changes_no_gradient(tiny_dir, monkeypatch):
+    token_ids = np.array([[2, 9, 8, 3], [2, 3, 0, 0]])
+    model = bertflask.build_model(tiny_dir, 3)
+    model.config |= {"attention_probs_dropout_prob": 0.3, "hidden_dropout_prob": 0.3}
+    loss, again = noisy_gradients(model, token_ids)
+    monkeypatch.setattr(bertflask._tensorflow(), "recompute_grad", lambda f: f)
+    expected_loss, kept = noisy_gradients(model, token_ids)
+    assert float(loss) == pytest.approx(float(expected_loss), abs=1e-5)
+    for name, one, other in zip(model.variables, again, kept):
+        np.testing.assert_allclose(one, other, atol=1e-5, rtol=1e-4, err_msg=name)
+
+
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_lower_precision_stays_close_to_float32(tiny_dir, tiny_model, precision):
     model = bertflask.build_model(tiny_dir, 3)
@@ -3573,7 +3600,7 @@ def toy():
 
 
 def sample(batcher, name, **labels):
-    return batcher.metrics.registry.get_sample_value(f"bertflask_{name}", labels)
+    return batcher.metrics["registry"].get_sample_value(f"bertflask_{name}", labels)
 
 
 def test_a_lone_request_does_not_wait_for_company(batcher_of):
@@ -3804,7 +3831,7 @@ def test_after_a_swap_each_model_answers_what_it_accepted(batcher_of, toy):
     found = [one.answer.result(60) for one in asked]
     assert found[:2] == [toy.expect(["first"]), toy.expect(["x", "y"])]
     assert found[2] == new.expect(["x", "z"])
-    assert batcher.name == "new"
+    assert batcher.classifier is new
 
 
 def test_what_the_old_model_computes_is_not_remembered_for_the_new(batcher_of, toy):
