@@ -724,7 +724,7 @@ class Model:
         word, position, segment = map(self.variables.get, _EMBEDDINGS)
         x = tf.gather(word, ids) + position[: tf.shape(ids)[1]] + segment[0]
         x = self._layer_norm(x, "embeddings/LayerNorm")  # [B, L, E]
-        x = self._dropout(self.config["hidden_dropout_prob"])(x)
+        x = self._dropout(x, self.config["hidden_dropout_prob"])
         x = tf.reshape(x, (-1, x.shape[-1]))
         layers = range(self.config["num_hidden_layers"])
         if self.config["model_type"] == "albert":
@@ -743,14 +743,14 @@ class Model:
 
     def logits(self, token_ids: Any) -> Any:
         """Unnormalised scores of the labels, [n, n_labels]."""
-        x = self.pooled(token_ids)
-        return self.tf.cast(self._dense(self._dropout(0.1)(x), "classifier"), "float32")
+        x = self._dropout(self.pooled(token_ids), 0.1)
+        return self.tf.cast(self._dense(x, "classifier"), "float32")
 
-    def _dropout(self, rate: float) -> Callable:  # with noise of this place alone
+    def _dropout(self, x: Any, rate: float) -> Any:  # with noise of this place alone
         if self.seed is None or not rate:
-            return lambda x: x
-        seed = self.seed = self.tf.random.experimental.stateless_fold_in(self.seed, 1)
-        return lambda x: self.tf.nn.experimental.stateless_dropout(x, rate, seed)
+            return x
+        self.seed = self.tf.random.experimental.stateless_fold_in(self.seed, 1)
+        return self.tf.nn.experimental.stateless_dropout(x, rate, self.seed)
 
     def _dense(self, x: Any, name: str, kernel: str = "kernel") -> Any:
         tensors = [x, *(self.variables[f"{name}/{part}"] for part in (kernel, "bias"))]
@@ -764,32 +764,31 @@ class Model:
         return self.tf.nn.batch_normalization(x, mean, variance, beta, gamma, eps)
 
     def _layer(self, name: str, x: Any, context: Any, mask: Any) -> Any:
-        tf, config, width = self.tf, self.config, self.config["hidden_size"]
-        n_heads = config["num_attention_heads"]
-        shape = (tf.shape(mask)[0], -1, n_heads, width // n_heads)  # [B, T, A, D]
-        dropout = self._dropout(config["attention_probs_dropout_prob"])
+        tf, config, n_heads = self.tf, self.config, self.config["num_attention_heads"]
+        size = config["hidden_size"] // n_heads
 
-        def mix(*rows: Any) -> Any:  # queries, keys and values; scores are [B, A, T, L]
-            parts = (tf.reshape(y, shape) for y in rows)
-            query, key, value = (tf.transpose(y, (0, 2, 1, 3)) for y in parts)
-            scores = tf.matmul(query * shape[-1] ** -0.5, key, transpose_b=True)
-            weights = dropout(tf.nn.softmax(tf.cast(scores, tf.float32) + mask))
-            y = tf.matmul(tf.cast(weights, self.precision), value)  # [B, A, T, D]
-            return tf.reshape(tf.transpose(y, (0, 2, 1, 3)), (-1, width))
+        def heads(rows: Any, part: str) -> Any:  # [B*T, H] -> [B, A, T, D]
+            y = self._dense(rows, f"{name}/attention/self/{part}")
+            y = tf.reshape(y, (tf.shape(mask)[0], -1, n_heads, size))
+            return tf.transpose(y, (0, 2, 1, 3))
 
-        rows = ((x, "query"), (context, "key"), (context, "value"))
-        y = (self._dense(y, f"{name}/attention/self/{part}") for y, part in rows)
-        x = self._add_norm(x, f"{name}/attention/output", mix, *y)
+        query, key = heads(x, "query") * size**-0.5, heads(context, "key")
+        scores = tf.matmul(query, key, transpose_b=True)  # [B, A, T, L]
+        weights = tf.nn.softmax(tf.cast(scores, tf.float32) + mask)
+        weights = self._dropout(weights, config["attention_probs_dropout_prob"])
+        y = tf.matmul(tf.cast(weights, self.precision), heads(context, "value"))
+        y = tf.reshape(tf.transpose(y, (0, 2, 1, 3)), (-1, n_heads * size))
+        x = self._add_norm(x, y, f"{name}/attention/output", tf.identity)
         gelu = functools.partial(tf.nn.gelu, approximate=config["hidden_act"] == "gelu")
         y = self._dense(x, f"{name}/intermediate")
-        return self._add_norm(x, f"{name}/output", gelu, y)
+        return self._add_norm(x, y, f"{name}/output", gelu)
 
-    def _add_norm(self, x: Any, name: str, act: Callable, *y: Any) -> Any:
-        # What `act` makes is made again for the gradient: up to a third less memory.
-        dense = self.tf.recompute_grad(lambda *y: self._dense(act(*y), f"{name}/dense"))
-        y = self.tf.cast(dense(*y), "float32")
-        y = self._dropout(self.config["hidden_dropout_prob"])(y)
-        return self._layer_norm(x + y, f"{name}/LayerNorm")
+    def _add_norm(self, x: Any, y: Any, name: str, act: Callable) -> Any:
+        again = self.tf.recompute_grad  # for the gradient, which saves memory
+        dense = again(lambda y: self._dense(act(y), f"{name}/dense"))
+        norm = again(lambda x: self._layer_norm(x, f"{name}/LayerNorm"))
+        y = self.tf.cast(dense(y), "float32")
+        return norm(x + self._dropout(y, self.config["hidden_dropout_prob"]))
 
 
 def build_model(checkpoint_dir: str | Path, n_labels: int, load_weights=True) -> Model:
