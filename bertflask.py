@@ -1147,21 +1147,22 @@ _ONNX_PROJECTION = """
   wider = MatMul (embedded, "embeddings/word_embeddings_projector/projector")
   x0 = Add (wider, "embeddings/word_embeddings_projector/bias")"""
 _ONNX_LAYER = """
-  r{i} = Identity (x{i})
-  q{i} = MatMul (r{i}, "{own}/query/kernel")
+  rows{i} = Identity (x{i})
+  q{i} = MatMul (rows{i}, "{own}/query/kernel")
   k{i} = MatMul (x{i}, "{own}/key/kernel")
   v{i} = MatMul (x{i}, "{own}/value/kernel")
   bias{i} = Concat <axis = 0> ("{own}/query/bias", "{own}/key/bias", "{own}/value/bias")
   mixed{i} = com.microsoft.MultiHeadAttention <num_heads = {num_attention_heads}>
     (q{i}, k{i}, v{i}, bias{i}, mask)
-  m{i} = MatMul (mixed{i}, "{mix}/dense/kernel")
+  found{i} = MatMul (mixed{i}, "{mix}/dense/kernel")
   y{i} = com.microsoft.SkipLayerNormalization <epsilon = {layer_norm_eps}>
-    (m{i}, r{i}, "{mix}/LayerNorm/gamma", "{mix}/LayerNorm/beta", "{mix}/dense/bias")
+    (found{i}, rows{i}, "{mix}/LayerNorm/gamma", "{mix}/LayerNorm/beta",
+    "{mix}/dense/bias")
   wide{i} = MatMul (y{i}, "{layer}/intermediate/kernel")
   active{i} = com.microsoft.{gelu} (wide{i}, "{layer}/intermediate/bias")
-  n{i} = MatMul (active{i}, "{out}/dense/kernel")
+  thin{i} = MatMul (active{i}, "{out}/dense/kernel")
   x{next_i} = com.microsoft.SkipLayerNormalization <epsilon = {layer_norm_eps}>
-    (n{i}, y{i}, "{out}/LayerNorm/gamma", "{out}/LayerNorm/beta", "{out}/dense/bias")
+    (thin{i}, y{i}, "{out}/LayerNorm/gamma", "{out}/LayerNorm/beta", "{out}/dense/bias")
 """
 
 

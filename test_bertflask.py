@@ -1970,7 +1970,7 @@ def noisy_gradients(model, token_ids):
     return gradients(np.array([3, 7], np.int32))
 
 
-# With dropout: what is computed again has to meet the same noise.
+# What is computed again has to meet the same noise and count all its variables.
 def test_computing_again_for_the_gradient_changes_no_gradient(tiny_dir, monkeypatch):
     token_ids = np.array([[2, 9, 8, 3], [2, 3, 0, 0]])
     model = bertflask.build_model(tiny_dir, 3)
@@ -5381,7 +5381,7 @@ def browser():
     if not (path := shutil.which("chromium") or shutil.which("google-chrome")):
         pytest.skip("no chromium here")
     with sync_playwright() as started:
-        flags = ["--no-sandbox", "--disable-background-networking"]
+        flags = ["--no-sandbox", "--disable-background-networking"]  # as root, offline
         yield started.chromium.launch(executable_path=path, args=flags)
 
 
