@@ -5,7 +5,6 @@
 
 Put your own CSV, one label a text, in place of `docstrings`. TensorFlow fine-tunes and
 ONNX Runtime alone serves. Not covered: several labels, pairs of texts, Windows.
-
 Its rooms, one banner each: names and errors, pretrained models, download, dataset,
 encoding, model, learning rate, training, evaluation, artifact, prediction, HTTP, main.
 """
@@ -57,34 +56,22 @@ __version__ = "1.0.0"
 log = logging.getLogger("bertflask")
 
 
+# fmt: off
 class BertFlaskError(Exception):
     """What went wrong, what was found and what to do, in one line for the user."""
-
-
 class PretrainedError(BertFlaskError):
     """A pretrained model is unknown, incomplete or of an unsupported kind."""
-
-
 class DownloadError(BertFlaskError):
     """A file could not be fetched, verified or unpacked."""
-
-
 class DataError(BertFlaskError):
     """A data set cannot be read or is no use for training."""
-
-
 class TrainingError(BertFlaskError):
     """A training cannot start or go on."""
-
-
 class ArtifactError(BertFlaskError):
     """A trained run is missing, damaged or does not reproduce its golden rows."""
-
-
 class ServerError(BertFlaskError):
     """The server cannot start."""
-
-
+# fmt: on
 class RequestError(BertFlaskError):
     """A request cannot be answered; carries the HTTP status, code and field."""
 
@@ -907,6 +894,9 @@ class TrainConfig:
     class_weight: str = _field("of rare labels", "none", (*_CLASS_WEIGHTS,))
     label_smoothing: float = _field("share of other labels", 0.0, (0, 0.9))
     patience: int = _field("bad epochs, then stop; 0: never", 0, (0, 2**20))
+    best_by: str = _field("figure of the best epoch", "loss", ("loss", "macro_f1"))
+    layer_wise_decay: float = _field("of the rate, a layer down", 1.0, (1e-3, 1))
+    freeze_layers: int = _field("lowest layers, not trained", 0, (0, 2**10))
     gpu: str | None = _field("index of the GPU", None, (), "the first, if any")
     precision: str = _field("of matrix products", "float32", _PRECISIONS)
     resume: str | None = _field("RUN, or latest", None, (), "none", flag_value="latest")
@@ -942,6 +932,12 @@ class TrainConfig:
             config.experimental.set_memory_growth(chosen, True)
 
 
+def _scores(true: Sequence[int], predicted: np.ndarray) -> tuple[float, float]:
+    hits, both = np.equal(true, predicted), np.bincount(np.r_[true, predicted])
+    right = np.bincount(np.compress(hits, true), minlength=len(both))
+    return hits.mean(), np.mean(2 * right[both > 0] / both[both > 0])  # F1: macro
+
+
 class _Trainer:  # goes on from the run's last checkpoint; keeps the best epoch
     def __init__(self, config: TrainConfig, model: Model, run_dir: Path, *rows: list):
         tf, self.config, self.model = _tensorflow(), config, model
@@ -959,13 +955,19 @@ class _Trainer:  # goes on from the run's last checkpoint; keeps the best epoch
         # Keras's newer ones have no fused kernel. With its variables now: one trace.
         adam = tf.keras.optimizers.legacy.Adam(epsilon=1e-6, global_clipnorm=CLIP_NORM)
         self.adam = tf.keras.mixed_precision.LossScaleOptimizer(adam, *scale)
-        self.adam._create_all_weights([*variables.values()])
+        # By layer, from below; the head's is "". Each learns at its share of the rate.
+        parts = [(x, re.match(r"embeddings/|encoder/\w+/|", x)[0]) for x in variables]
+        order, n = [*dict.fromkeys(part for _, part in parts)], config.freeze_layers
+        rates = {x: config.layer_wise_decay**i for i, x in enumerate(order[::-1])}
+        frozen = order[:-1][: n and n + 1]  # the embeddings with any layer
+        self.moving = [(x, variables[x], rates[p]) for x, p in parts if p not in frozen]
+        self.adam._create_all_weights([variable for _, variable, _ in self.moving])
         ids, *rest = (tf.TensorSpec(s, tf.int32) for s in ((None, None), (None,), ()))
         self.train_step = tf.function(self._train_step, [ids, *rest], autograph=False)
         self.logits = tf.function(model.logits, [ids], autograph=False)
         writer, parts = tf.summary.create_file_writer, ("train", "validation")
         self.writers = {part: writer(str(run_dir / part)) for part in parts}
-        # Steps and seconds; the best validation loss, its epoch and temperature.
+        # Steps and seconds; the best epoch's loss or -F1, its number and temperature.
         self.numbers = tf.Variable([0, 0, math.inf, 0, 1], dtype=tf.float64)
         state = tf.train.Checkpoint(adam=self.adam, numbers=self.numbers, own=variables)
         self.checkpoints = tf.train.CheckpointManager(state, run_dir / "checkpoint", 1)
@@ -982,15 +984,17 @@ class _Trainer:  # goes on from the run's last checkpoint; keeps the best epoch
             self._epoch(epoch := epoch + 1)
             words = tf.IndexedSlices(self.trained.variables[_WORDS], self.used)
             self.model.variables[_WORDS].scatter_update(words)
-            figures = {"loss": -epoch, "temperature": 1.0}  # the last is the best
+            value, t = -epoch, 1.0  # the last is the best
             if self.validation:
                 token_ids, label_ids = zip(*self.validation)
                 logits, score = self.predict(token_ids), self._loss_and_accuracy
                 tried = [(score(logits / t, label_ids), t) for t in _TEMPERATURES]
                 figures, t = min(tried, key=lambda pair: pair[0]["loss"])
-                figures = self._record("validation", figures | {"temperature": t})
-                log.info("epoch %d: validation %s", epoch, figures)
-            self.best = min(self.best, [figures["loss"], epoch, figures["temperature"]])
+                f1 = _scores(label_ids, logits.argmax(-1))[1]
+                figures |= {"temperature": t, "macro_f1": f1}
+                log.info(f"epoch {epoch}: {self._record('validation', figures)}")
+                value = float(figures["loss"] if config.best_by == "loss" else -f1)
+            self.best = min(self.best, [value, epoch, t])
             self._save(is_best=self.best[1] == epoch)
         self.kept.read(f"{self.checkpoints.directory}/best")
         figures = {"train_seconds": self.seconds, "temperature": self.best[2]}
@@ -1031,12 +1035,16 @@ class _Trainer:  # goes on from the run's last checkpoint; keeps the best epoch
             how = tf.gather(self.weights, label_ids), self.config.label_smoothing
             figures = self._loss_and_accuracy(noisy.logits(token_ids), label_ids, *how)
             loss = self.adam.get_scaled_loss(figures["loss"])
-        grads = tape.gradient(loss, [*model.variables.values()])
-        for name, variable in model.variables.items():  # AdamW: Loshchilov, Hutter 2019
+        variables = [variable for _, variable, _ in self.moving]
+        grads = tape.gradient(loss, variables)
+        slow = [(v, v.value(), rate) for _, v, rate in self.moving if rate < 1]
+        for name, variable, _ in self.moving:  # AdamW: Loshchilov, Hutter 2019
             if not name.endswith(("bias", "gamma", "beta")):
                 variable.assign_sub(self.adam.learning_rate * 0.01 * variable)
         grads = map(tf.convert_to_tensor, self.adam.get_unscaled_gradients(grads))
-        self.adam.apply_gradients(zip(grads, model.variables.values()))
+        self.adam.apply_gradients(zip(grads, variables))
+        for variable, before, rate in slow:  # its share of a step: Howard, Ruder 2018
+            variable.assign(before + rate * (variable - before))
         return figures
 
     def _loss_and_accuracy(self, logits: Any, label_ids: Any, weights=1.0, smoothing=0):
@@ -1067,15 +1075,10 @@ def evaluate_predictions(true: list[str], predicted: list[str]) -> dict:
     `most_confused` pairs; `intervals` of 95 %, by bootstrap samples (Efron 1979)."""
     from sklearn.metrics import precision_recall_fscore_support
 
-    def scores(t: np.ndarray, p: np.ndarray) -> tuple[float, float]:  # of label ids
-        ids = (t[t == p], np.r_[t, p])
-        right, both = (np.bincount(x, minlength=len(labels)) for x in ids)
-        return np.mean(t == p), np.nanmean(2 * right / np.where(both, both, np.nan))
-
     labels, rng, n = sorted({*true, *predicted}), np.random.default_rng(0), len(true)
     pairs = np.array([[*map(labels.index, side)] for side in (true, predicted)])
-    draws = [scores(*pairs[:, rng.integers(n, size=n)]) for _ in range(1000)]
-    whole = dict(zip(("accuracy", "macro_f1"), scores(*pairs)))
+    draws = [_scores(*pairs[:, rng.integers(n, size=n)]) for _ in range(1000)]
+    whole = dict(zip(("accuracy", "macro_f1"), _scores(*pairs)))
     intervals = dict(zip(whole, np.percentile(draws, (2.5, 97.5), axis=0).T.tolist()))
     wrong = Counter((t, p) for t, p in zip(true, predicted) if t != p)
     table = precision_recall_fscore_support(true, predicted, zero_division=0)
@@ -1096,8 +1099,8 @@ def plot_confusion_matrix(true: list[str], predicted: list[str], path: Path) -> 
     names = [" ".join(x.split())[:40].replace("$", r"\$") for x in labels]  # no formula
     size = min(4 + 0.35 * len(labels), 60)  # inches
     axes = Figure((size + 2, size), layout="constrained").subplots()
-    look = {"cmap": "Blues", "vmin": 0, "vmax": 100, "alpha": 0.5}  # notes are black
     places, edges = range(len(labels)), np.arange(len(labels) + 1) - 0.5
+    look = {"cmap": "Blues", "vmin": 0, "vmax": 100, "alpha": 0.5}  # notes are black
     axes.pcolormesh(edges, edges, shares, **look)  # as an image it takes a gigabyte
     axes.set(xlabel="predicted label", xticks=places, xticklabels=names)
     axes.set(ylabel="true label", yticks=places, yticklabels=names, ylim=edges[[-1, 0]])
@@ -1121,7 +1124,6 @@ _STACK = "tensorflow bert-for-tf2 numpy tokenizers sentencepiece onnx".split()
 _MANIFEST_TYPES = {"do_lower_case": bool, "labels": list, "files": dict}
 _MANIFEST_TYPES |= {"max_seq_len": int, "model_type": str, "trained_at": str}
 _MODEL_CARD = """# Text classifier on {model_name}, by bertflask {versions[bertflask]}
-
 {trained_at} UTC, {data[n]} texts. Held out: {metrics}. Labels: {labels}"""
 
 # The model in ONNX's own notation: x is [B, L, H], for [CLS] alone [B, 1, H].
@@ -1651,8 +1653,7 @@ class _Api:
             raise ServerError(f"{path} has no API key: write one a line")
         self.app = app = Flask(__name__, static_folder=None)
         app.extensions["bertflask"] = self
-        app.json.sort_keys = False
-        app.url_map.merge_slashes = False  # it redirects, with a page of HTML
+        app.json.sort_keys = app.url_map.merge_slashes = False  # redirects in HTML
         app.wsgi_app = ProxyFix(app.wsgi_app, config.trusted_proxies, x_proto=0)
         app.before_request(self.start)
         app.after_request(self.log)
@@ -1668,8 +1669,7 @@ class _Api:
         request, is_open = self.request, self.config.open_health
         request.id, request.started = os.urandom(16).hex(), time.monotonic()
         given = request.headers.get("Authorization", "").encode()
-        # compared with all, in a time that does not tell how near a wrong one is
-        fits = [hmac.compare_digest(key, given) for key in self.keys]
+        fits = [hmac.compare_digest(key, given) for key in self.keys]  # constant time
         if fits and not any(fits) and not (is_open and request.path in _OPEN_PATHS):
             raise RequestError("send an API key", 401, "unauthorized", "Authorization")
 
@@ -1741,8 +1741,7 @@ class _Api:
         """The body, checked; RequestError if it is of another shape or too large."""
         limit, n_labels = self.config.max_body_bytes, len(self.model.classifier.labels)
         try:
-            raw = self.request.stream.read(limit + 1)
-            if len(raw) <= limit:
+            if len(raw := self.request.stream.read(limit + 1)) <= limit:
                 value = json.loads(raw, parse_constant=int)  # no NaN, no Infinity
                 return _body(self.config, n_labels).model_validate(value)
         except Exception as error:  # also RecursionError, the server's for a bad chunk

@@ -2425,6 +2425,76 @@ def test_what_is_learnt_follows_class_weight_and_label_smoothing(
     assert float(found) == pytest.approx(share, abs=0.05)
 
 
+def moved_by_one_step(tiny_dir, log_dir, **changes):
+    trainer = trainer_of(tiny_dir, log_dir, ROWS, [], **changes)
+    before = {name: x.numpy() for name, x in trainer.trained.variables.items()}
+    token_ids, label_ids = zip(*trainer.train)
+    trainer.adam.learning_rate = 0.01
+    trainer.train_step(bertflask.pad(token_ids), np.array(label_ids), 0)
+    now = trainer.trained.variables
+    return {name: now[name].numpy() - before[name] for name in before}
+
+
+# Of each part of a model: how many layers it is below the head.
+BELOW = {
+    "bert": {"embeddings": 3, "layer_0/": 2, "layer_1/": 1, "pooler": 0, "class": 0},
+    "albert": {"embeddings": 2, "layer_shared/": 1, "pooler": 0, "class": 0},
+}
+ENCODER = ("embeddings/", "encoder/")
+FROZEN = {  # by --freeze-layers; ALBERT's layers are one
+    "bert": [(), ("embeddings/", "encoder/layer_0/"), ENCODER, ENCODER],
+    "albert": [(), ENCODER, ENCODER, ENCODER],
+}
+
+
+def test_each_layer_down_learns_at_a_part_of_the_rate(tiny_dir, tmp_path):
+    whole = moved_by_one_step(tiny_dir, tmp_path / "1")
+    found = moved_by_one_step(tiny_dir, tmp_path / "2", layer_wise_decay=0.5)
+    below = BELOW[bertflask.read_config(tiny_dir)["model_type"]]
+    for name, change in whole.items():
+        (depth,) = (n for part, n in below.items() if part in name)
+        expected = 0.5**depth * change
+        np.testing.assert_allclose(found[name], expected, atol=2e-6, err_msg=name)
+        assert name.endswith("key/bias") or np.abs(change).max() > 1e-4
+
+
+@pytest.mark.parametrize("n_layers", [0, 1, 2, 3])
+def test_frozen_layers_stay_and_those_above_move(tiny_dir, tmp_path, n_layers):
+    moved = moved_by_one_step(tiny_dir, tmp_path, freeze_layers=n_layers)
+    frozen = {name for name, change in moved.items() if not change.any()}
+    parts = FROZEN[bertflask.read_config(tiny_dir)["model_type"]][n_layers]
+    assert frozen == {name for name in moved if name.startswith(parts)}
+
+
+def test_frozen_layers_end_as_those_of_the_checkpoint(tiny_dir, tmp_path):
+    trainer = trainer_of(tiny_dir, tmp_path, ROWS, ROWS, freeze_layers=3)
+    before = arrays_of(trainer.model)
+    trainer.fit()
+    now = arrays_of(trainer.model)
+    same = {name for name in now if np.array_equal(now[name], before[name])}
+    assert same == {name for name in now if name.startswith(ENCODER)}
+
+
+def test_the_best_macro_f1_is_kept_where_it_is_asked_for(
+    tiny_bert_dir, tmp_path, monkeypatch
+):
+    rows = rows_of([1] * 10, [0] * 8 + [1, 1])
+    none = np.eye(2)[[0] * 10] * 2.0  # eight right, surely
+    one = np.eye(2)[[0] * 7 + [1, 1, 0]] * 0.2  # eight right, of both labels, unsurely
+    for best_by, epoch in (("loss", 1), ("macro_f1", 2)):
+        answers = iter([none, one, none, none, none])
+        given = {"patience": 3, "best_by": best_by}
+        trainer = trainer_of(tiny_bert_dir, tmp_path / best_by, ROWS, rows, **given)
+        monkeypatch.setattr(trainer, "predict", lambda _, it=answers: next(it))
+        trainer.fit()
+        assert trainer.best[1] == epoch
+        found = scalars(tmp_path / best_by / "validation")["macro_f1"].values()
+        expected = metrics.f1_score(
+            [y for _, y in rows], one.argmax(-1), average="macro"
+        )
+        assert [*found][1] == pytest.approx(expected)
+
+
 def scalars(folder):
     from tensorboard.backend.event_processing import event_accumulator
 
