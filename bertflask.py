@@ -9,8 +9,6 @@ Its rooms, one banner each: names and errors, pretrained models, download, datas
 encoding, model, learning rate, training, evaluation, artifact, prediction, HTTP, main.
 """
 
-from __future__ import annotations
-
 import ast
 import base64
 import contextlib
@@ -46,7 +44,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any, Self, TextIO
 
 import click
 import numpy as np
@@ -903,7 +901,7 @@ class TrainConfig:
     checkpoint_minutes: float = _field("between checkpoints", 10.0, (0, 1e6))
     models_dir: str = _field("folder of pretrained and trained models", "models")
 
-    def resolve(self, n_rows: float = math.inf, n_labels: int = 0) -> TrainConfig:
+    def resolve(self, n_rows: float = math.inf, n_labels: int = 0) -> Self:
         """With a value in place of each None; TrainingError if one is out of bounds."""
         row = PRETRAINED.get(_STAMP.sub("", Path(self.model_name).name))  # or a folder
         values, recommended = dataclasses.asdict(self), row.recommended if row else {}
@@ -1214,6 +1212,9 @@ def train(config: TrainConfig, data: Data = None, test: Data = None) -> Path:
         raise TrainingError(f"lower max_seq_len: the model has {most} positions")
     if (n := tokenizer.vocab_size) > (most := model.config["vocab_size"]):
         raise PretrainedError(f"{path}: {n} pieces, take its own {most}")
+    lengths = np.sort([len(ids) for ids in tokenizer.encode(rest.texts, 2**30)])
+    n_cut, place = sum(lengths > config.max_seq_len), (99 * len(lengths) - 1) // 100
+    log.info(f"{n_cut} texts are cut at max_seq_len; {lengths[place]} tokens keep 99 %")
     encode = functools.partial(tokenizer.encode, max_seq_len=config.max_seq_len)
     parts = split_examples(rest, config.validation_size, config.seed)
     rows = [[*zip(encode(x.texts), map(labels.index, x.labels))] for x in parts]
@@ -1401,7 +1402,7 @@ class Classifier:
     temperature: float = 1.0  # by which logits are divided
 
     @classmethod
-    def load(cls, run_dir=None, models_dir: str | Path = "models") -> Classifier:
+    def load(cls, run_dir=None, models_dir: str | Path = "models") -> Self:
         """A run, by default the latest; ArtifactError unless it answers as trained."""
         if run_dir is None:
             if not (path := Path(models_dir, LATEST)).exists():

@@ -1287,6 +1287,19 @@ def test_a_wrong_parameter_is_told_before_the_data_are_read(tmp_path):
         bertflask.train(config, tmp_path / "missing.csv")
 
 
+@pytest.mark.parametrize(("max_seq_len", "n_cut"), [(4, 99), (5, 1), (8, 0)])
+def test_training_tells_how_many_texts_are_cut_and_which_length_keeps_most(
+    tiny_bert_dir, tmp_path, caplog, max_seq_len, n_cut
+):
+    caplog.set_level(logging.INFO)
+    texts = ["the dog", *["the dog sat"] * 98, "the dog sat on the mat"]
+    data = Examples(texts, ["a", "b"] * 50)  # of 4, 5 and 8 tokens
+    given = {"max_seq_len": max_seq_len, "n_epochs": 1, "test_size": 0.0}
+    bertflask.train(tiny_config(tiny_bert_dir, tmp_path, **given), data)
+    words = f"{n_cut} texts are cut at max_seq_len; 5 tokens keep 99 %"
+    assert words in [record.getMessage() for record in caplog.records]
+
+
 def test_training_tells_what_is_doubtful(tiny_bert_dir, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     config = tiny_config(tiny_bert_dir, tmp_path, n_epochs=1, test_size=0)
