@@ -69,7 +69,8 @@ class ArtifactError(BertFlaskError):
     """A trained run is missing, damaged or does not reproduce its golden rows."""
 class ServerError(BertFlaskError):
     """The server cannot start."""
-# fmt: on
+
+
 class RequestError(BertFlaskError):
     """A request cannot be answered; carries the HTTP status, code and field."""
 
@@ -90,7 +91,6 @@ class Pretrained:
     sha256: str | None = None
 
 
-# fmt: off
 _MINILM = {"batch_size": 32, "n_epochs": 4, "warmup_proportion": 0.1,
            "max_learn_rate": 3e-4, "min_learn_rate": 1e-5}
 _SMALL = _MINILM | {"max_learn_rate": 1e-4, "min_learn_rate": 1e-6}
@@ -919,7 +919,7 @@ class TrainConfig:
             values["max_learn_rate"] = min(values["max_learn_rate"], 1.5e-4)
         if (low := values["min_learn_rate"]) > (high := values["max_learn_rate"]):
             raise TrainingError(f"min_learn_rate {low} is above max_learn_rate {high}")
-        return TrainConfig(**values)
+        return dataclasses.replace(self, **values)
 
     def _choose_gpu(self) -> None:  # before TensorFlow computes anything
         gpus = (config := _tensorflow().config).list_physical_devices("GPU")
@@ -930,10 +930,10 @@ class TrainConfig:
             config.experimental.set_memory_growth(chosen, True)
 
 
-def _scores(true: Sequence[int], predicted: np.ndarray) -> tuple[float, float]:
+def _accuracy_and_f1(true: Any, predicted: np.ndarray) -> tuple[float, float]:
     hits, both = np.equal(true, predicted), np.bincount(np.r_[true, predicted])
-    right = np.bincount(np.compress(hits, true), minlength=len(both))
-    return hits.mean(), np.mean(2 * right[both > 0] / both[both > 0])  # F1: macro
+    right = np.bincount(np.compress(hits, true), minlength=len(both))  # by label id
+    return hits.mean(), np.mean(2 * right[both > 0] / both[both > 0])
 
 
 class _Trainer:  # goes on from the run's last checkpoint; keeps the best epoch
@@ -953,20 +953,21 @@ class _Trainer:  # goes on from the run's last checkpoint; keeps the best epoch
         # Keras's newer ones have no fused kernel. With its variables now: one trace.
         adam = tf.keras.optimizers.legacy.Adam(epsilon=1e-6, global_clipnorm=CLIP_NORM)
         self.adam = tf.keras.mixed_precision.LossScaleOptimizer(adam, *scale)
-        # By layer, from below; the head's is "". Each learns at its share of the rate.
-        parts = [(x, re.match(r"embeddings/|encoder/\w+/|", x)[0]) for x in variables]
-        order, n = [*dict.fromkeys(part for _, part in parts)], config.freeze_layers
-        rates = {x: config.layer_wise_decay**i for i, x in enumerate(order[::-1])}
+        # Upwards, the head being "": each learns at its share of the rate or is frozen.
+        layers = [(x, re.match(r"embeddings/|encoder/\w+/|", x)[0]) for x in variables]
+        order, n = [*dict.fromkeys(layer for _, layer in layers)], config.freeze_layers
+        shares = {x: config.layer_wise_decay**i for i, x in enumerate(order[::-1])}
         frozen = order[:-1][: n and n + 1]  # the embeddings with any layer
-        self.moving = [(x, variables[x], rates[p]) for x, p in parts if p not in frozen]
-        self.adam._create_all_weights([variable for _, variable, _ in self.moving])
+        learning = [(x, shares[layer]) for x, layer in layers if layer not in frozen]
+        self.learning = [(name, variables[name], share) for name, share in learning]
+        self.adam._create_all_weights([variable for _, variable, _ in self.learning])
         ids, *rest = (tf.TensorSpec(s, tf.int32) for s in ((None, None), (None,), ()))
         self.train_step = tf.function(self._train_step, [ids, *rest], autograph=False)
         self.logits = tf.function(model.logits, [ids], autograph=False)
         writer, parts = tf.summary.create_file_writer, ("train", "validation")
         self.writers = {part: writer(str(run_dir / part)) for part in parts}
-        # Steps and seconds; the best epoch's loss or -F1, its number and temperature.
-        self.numbers = tf.Variable([0, 0, math.inf, 0, 1], dtype=tf.float64)
+        # Steps and seconds; the best epoch's -F1 or 0, its loss, number, temperature.
+        self.numbers = tf.Variable([0, 0, math.inf, 0, 0, 1], dtype=tf.float64)
         state = tf.train.Checkpoint(adam=self.adam, numbers=self.numbers, own=variables)
         self.checkpoints = tf.train.CheckpointManager(state, run_dir / "checkpoint", 1)
         self.checkpoints.restore_or_initialize()
@@ -975,27 +976,27 @@ class _Trainer:  # goes on from the run's last checkpoint; keeps the best epoch
         self.step, self.rate, self.saved = int(step), 0.0, time.perf_counter()
 
     def fit(self) -> dict:
-        """Trains; keeps the epoch of the best loss at its temperature, or the last."""
+        """Trains; keeps the best epoch at its temperature; unvalidated, the last."""
         tf, config, n = _tensorflow(), self.config, len(self.train)
         epoch, patience = self.step // math.ceil(n / config.batch_size), config.patience
-        while epoch < config.n_epochs and not 0 < patience <= epoch - self.best[1]:
+        while epoch < config.n_epochs and not 0 < patience <= epoch - self.best[2]:
             self._epoch(epoch := epoch + 1)
             words = tf.IndexedSlices(self.trained.variables[_WORDS], self.used)
             self.model.variables[_WORDS].scatter_update(words)
-            value, t = -epoch, 1.0  # the last is the best
+            rank, t = [-epoch, 0], 1.0  # the last is the best
             if self.validation:
                 token_ids, label_ids = zip(*self.validation)
                 logits, score = self.predict(token_ids), self._loss_and_accuracy
                 tried = [(score(logits / t, label_ids), t) for t in _TEMPERATURES]
                 figures, t = min(tried, key=lambda pair: pair[0]["loss"])
-                f1 = _scores(label_ids, logits.argmax(-1))[1]
+                f1 = _accuracy_and_f1(label_ids, logits.argmax(-1))[1]
                 figures |= {"temperature": t, "macro_f1": f1}
-                log.info(f"epoch {epoch}: {self._record('validation', figures)}")
-                value = float(figures["loss"] if config.best_by == "loss" else -f1)
-            self.best = min(self.best, [value, epoch, t])
-            self._save(is_best=self.best[1] == epoch)
+                log.info(f"validation {epoch}: {self._record('validation', figures)}")
+                rank = [-f1 * (config.best_by != "loss"), float(figures["loss"])]
+            self.best = min(self.best, [*rank, epoch, t])
+            self._save(is_best=self.best[2] == epoch)
         self.kept.read(f"{self.checkpoints.directory}/best")
-        figures = {"train_seconds": self.seconds, "temperature": self.best[2]}
+        figures = {"train_seconds": self.seconds, "temperature": self.best[3]}
         return figures | {"train_texts_per_s": epoch * n / self.seconds}
 
     def _epoch(self, epoch: int) -> None:
@@ -1033,16 +1034,16 @@ class _Trainer:  # goes on from the run's last checkpoint; keeps the best epoch
             how = tf.gather(self.weights, label_ids), self.config.label_smoothing
             figures = self._loss_and_accuracy(noisy.logits(token_ids), label_ids, *how)
             loss = self.adam.get_scaled_loss(figures["loss"])
-        variables = [variable for _, variable, _ in self.moving]
+        variables = [variable for _, variable, _ in self.learning]
         grads = tape.gradient(loss, variables)
-        slow = [(v, v.value(), rate) for _, v, rate in self.moving if rate < 1]
-        for name, variable, _ in self.moving:  # AdamW: Loshchilov, Hutter 2019
+        slow = [(v, v.value(), share) for _, v, share in self.learning if share < 1]
+        for name, variable, _ in self.learning:  # AdamW: Loshchilov, Hutter 2019
             if not name.endswith(("bias", "gamma", "beta")):
                 variable.assign_sub(self.adam.learning_rate * 0.01 * variable)
         grads = map(tf.convert_to_tensor, self.adam.get_unscaled_gradients(grads))
         self.adam.apply_gradients(zip(grads, variables))
-        for variable, before, rate in slow:  # its share of a step: Howard, Ruder 2018
-            variable.assign(before + rate * (variable - before))
+        for variable, before, share in slow:  # of the whole step: Howard, Ruder 2018
+            variable.assign(before + share * (variable - before))
         return figures
 
     def _loss_and_accuracy(self, logits: Any, label_ids: Any, weights=1.0, smoothing=0):
@@ -1075,8 +1076,8 @@ def evaluate_predictions(true: list[str], predicted: list[str]) -> dict:
 
     labels, rng, n = sorted({*true, *predicted}), np.random.default_rng(0), len(true)
     pairs = np.array([[*map(labels.index, side)] for side in (true, predicted)])
-    draws = [_scores(*pairs[:, rng.integers(n, size=n)]) for _ in range(1000)]
-    whole = dict(zip(("accuracy", "macro_f1"), _scores(*pairs)))
+    draws = [_accuracy_and_f1(*pairs[:, rng.integers(n, size=n)]) for _ in range(1000)]
+    whole = dict(zip(("accuracy", "macro_f1"), _accuracy_and_f1(*pairs)))
     intervals = dict(zip(whole, np.percentile(draws, (2.5, 97.5), axis=0).T.tolist()))
     wrong = Counter((t, p) for t, p in zip(true, predicted) if t != p)
     table = precision_recall_fscore_support(true, predicted, zero_division=0)
@@ -1208,14 +1209,14 @@ def train(config: TrainConfig, data: Data = None, test: Data = None) -> Path:
     model = build_model(path, len(labels))
     if _is_run(path) and _read_object(path / "config.json").get("labels") == labels:
         _load_weights(path, model.variables, is_head=True)
-    if config.max_seq_len > (most := model.config["max_position_embeddings"]):
+    if (size := config.max_seq_len) > (most := model.config["max_position_embeddings"]):
         raise TrainingError(f"lower max_seq_len: the model has {most} positions")
     if (n := tokenizer.vocab_size) > (most := model.config["vocab_size"]):
         raise PretrainedError(f"{path}: {n} pieces, take its own {most}")
     lengths = np.sort([len(ids) for ids in tokenizer.encode(rest.texts, 2**30)])
-    n_cut, place = sum(lengths > config.max_seq_len), (99 * len(lengths) - 1) // 100
-    log.info(f"{n_cut} texts are cut at max_seq_len; {lengths[place]} tokens keep 99 %")
-    encode = functools.partial(tokenizer.encode, max_seq_len=config.max_seq_len)
+    words = f"{sum(lengths > size)} of {len(lengths)} texts are cut at {size} tokens"
+    log.info(f"{words}; 99 % have at most {lengths[(99 * len(lengths) - 1) // 100]}")
+    encode = functools.partial(tokenizer.encode, max_seq_len=size)
     parts = split_examples(rest, config.validation_size, config.seed)
     rows = [[*zip(encode(x.texts), map(labels.index, x.labels))] for x in parts]
     run_dir = run_dir or _make_run_dir(config, rest, held_out)
@@ -1355,28 +1356,29 @@ _LATE = ("the deadline has passed", 504, "deadline_passed")
 
 
 def _metrics() -> dict:
-    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+    import prometheus_client as prom
 
-    registry = CollectorRegistry()
-    shares = functools.partial(Histogram, buckets=[i / 10 for i in range(1, 11)])
-    sizes = functools.partial(Histogram, buckets=[2**i for i in range(14)])
+    registry = prom.CollectorRegistry()
+    shares = functools.partial(prom.Histogram, buckets=[i / 10 for i in range(1, 11)])
+    sizes = functools.partial(prom.Histogram, buckets=[2**i for i in range(14)])
     rows = (  # the class, the name, help and names of labels
-        (Counter, "requests", "Requests answered", ["endpoint", "status"]),
-        (Histogram, "request_seconds", "Time to answer a request", ["endpoint"]),
-        (Gauge, "queue_tokens", "Tokens that wait"),
-        (Histogram, "queue_seconds", "Time that a text waits"),
+        (prom.Counter, "requests", "Requests answered", ["endpoint", "status"]),
+        (prom.Histogram, "request_seconds", "Time to answer a request", ["endpoint"]),
+        (prom.Gauge, "queue_tokens", "Tokens that wait"),
+        (prom.Histogram, "queue_seconds", "Time that a text waits"),
         (sizes, "batch_texts", "Texts in a batch"),
         (sizes, "batch_tokens", "Tokens in a batch, with padding"),
         (shares, "padding_share", "Share of padding in a batch"),
-        (Counter, "cache_hits", "Texts answered without computing"),
-        (Counter, "predictions", "Texts by their best label", ["label"]),
+        (prom.Counter, "cache_hits", "Texts answered without computing"),
+        (prom.Counter, "predictions", "Texts by their best label", ["label"]),
         (shares, "top_probability", "Probability of the best label"),
-        (Info, "model", "The model that answers"),
-        (Counter, "reloads", "New models, and why they failed", ["result"]),
+        (prom.Info, "model", "The model that answers"),
+        (prom.Counter, "reloads", "New models, and why they failed", ["result"]),
     )
     options = {"namespace": "bertflask", "registry": registry}
     metrics = {name: kind(name, *others, **options) for kind, name, *others in rows}
-    return metrics | {"registry": registry}
+    metrics |= {"registry": registry, "content_type": prom.CONTENT_TYPE_LATEST}
+    return metrics | {"text": functools.partial(prom.generate_latest, registry)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1654,7 +1656,8 @@ class _Api:
             raise ServerError(f"{path} has no API key: write one a line")
         self.app = app = Flask(__name__, static_folder=None)
         app.extensions["bertflask"] = self
-        app.json.sort_keys = app.url_map.merge_slashes = False  # redirects in HTML
+        app.json.sort_keys = False
+        app.url_map.merge_slashes = False  # it redirects, with a page of HTML
         app.wsgi_app = ProxyFix(app.wsgi_app, config.trusted_proxies, x_proto=0)
         app.before_request(self.start)
         app.after_request(self.log)
@@ -1670,7 +1673,7 @@ class _Api:
         request, is_open = self.request, self.config.open_health
         request.id, request.started = os.urandom(16).hex(), time.monotonic()
         given = request.headers.get("Authorization", "").encode()
-        fits = [hmac.compare_digest(key, given) for key in self.keys]  # constant time
+        fits = [hmac.compare_digest(key, given) for key in self.keys]  # all: no timing
         if fits and not any(fits) and not (is_open and request.path in _OPEN_PATHS):
             raise RequestError("send an API key", 401, "unauthorized", "Authorization")
 
@@ -1683,11 +1686,8 @@ class _Api:
         return {"status": "ready", "model": classifier.name, "reload_error": reason}
 
     def show_metrics(self) -> tuple[bytes, dict]:
-        import prometheus_client as prometheus
-
         self.metrics["model"].info({"model": self.model.classifier.name})
-        text = prometheus.generate_latest(self.metrics["registry"])
-        return text, {"Content-Type": prometheus.CONTENT_TYPE_LATEST}
+        return self.metrics["text"](), {"Content-Type": self.metrics["content_type"]}
 
     def openapi(self) -> dict:
         from pydantic import create_model, json_schema
