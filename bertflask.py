@@ -930,7 +930,7 @@ class TrainConfig:
             config.experimental.set_memory_growth(chosen, True)
 
 
-def _accuracy_and_f1(true: Any, predicted: np.ndarray) -> tuple[float, float]:
+def _accuracy_f1(true: Sequence, predicted: np.ndarray) -> tuple[float, float]:
     hits, both = np.equal(true, predicted), np.bincount(np.r_[true, predicted])
     right = np.bincount(np.compress(hits, true), minlength=len(both))  # by label id
     return hits.mean(), np.mean(2 * right[both > 0] / both[both > 0])
@@ -954,12 +954,12 @@ class _Trainer:  # goes on from the run's last checkpoint; keeps the best epoch
         adam = tf.keras.optimizers.legacy.Adam(epsilon=1e-6, global_clipnorm=CLIP_NORM)
         self.adam = tf.keras.mixed_precision.LossScaleOptimizer(adam, *scale)
         # Upwards, the head being "": each learns at its share of the rate or is frozen.
-        layers = [(x, re.match(r"embeddings/|encoder/\w+/|", x)[0]) for x in variables]
-        order, n = [*dict.fromkeys(layer for _, layer in layers)], config.freeze_layers
+        layers = {x: re.match(r"embeddings/|encoder/\w+/|", x)[0] for x in variables}
+        order, n = [*dict.fromkeys(layers.values())], config.freeze_layers
         shares = {x: config.layer_wise_decay**i for i, x in enumerate(order[::-1])}
         frozen = order[:-1][: n and n + 1]  # the embeddings with any layer
-        learning = [(x, shares[layer]) for x, layer in layers if layer not in frozen]
-        self.learning = [(name, variables[name], share) for name, share in learning]
+        names = [name for name in variables if layers[name] not in frozen]
+        self.learning = [(x, variables[x], shares[layers[x]]) for x in names]
         self.adam._create_all_weights([variable for _, variable, _ in self.learning])
         ids, *rest = (tf.TensorSpec(s, tf.int32) for s in ((None, None), (None,), ()))
         self.train_step = tf.function(self._train_step, [ids, *rest], autograph=False)
@@ -989,10 +989,10 @@ class _Trainer:  # goes on from the run's last checkpoint; keeps the best epoch
                 logits, score = self.predict(token_ids), self._loss_and_accuracy
                 tried = [(score(logits / t, label_ids), t) for t in _TEMPERATURES]
                 figures, t = min(tried, key=lambda pair: pair[0]["loss"])
-                f1 = _accuracy_and_f1(label_ids, logits.argmax(-1))[1]
-                figures |= {"temperature": t, "macro_f1": f1}
-                log.info(f"validation {epoch}: {self._record('validation', figures)}")
-                rank = [-f1 * (config.best_by != "loss"), float(figures["loss"])]
+                figures["macro_f1"] = f1 = _accuracy_f1(label_ids, logits.argmax(-1))[1]
+                figures = self._record("validation", figures | {"temperature": t})
+                log.info("epoch %d: validation %s", epoch, figures)
+                rank = [-f1 * (config.best_by != "loss"), figures["loss"]]
             self.best = min(self.best, [*rank, epoch, t])
             self._save(is_best=self.best[2] == epoch)
         self.kept.read(f"{self.checkpoints.directory}/best")
@@ -1076,8 +1076,8 @@ def evaluate_predictions(true: list[str], predicted: list[str]) -> dict:
 
     labels, rng, n = sorted({*true, *predicted}), np.random.default_rng(0), len(true)
     pairs = np.array([[*map(labels.index, side)] for side in (true, predicted)])
-    draws = [_accuracy_and_f1(*pairs[:, rng.integers(n, size=n)]) for _ in range(1000)]
-    whole = dict(zip(("accuracy", "macro_f1"), _accuracy_and_f1(*pairs)))
+    draws = [_accuracy_f1(*pairs[:, rng.integers(n, size=n)]) for _ in range(1000)]
+    whole = dict(zip(("accuracy", "macro_f1"), _accuracy_f1(*pairs)))
     intervals = dict(zip(whole, np.percentile(draws, (2.5, 97.5), axis=0).T.tolist()))
     wrong = Counter((t, p) for t, p in zip(true, predicted) if t != p)
     table = precision_recall_fscore_support(true, predicted, zero_division=0)
@@ -1098,8 +1098,8 @@ def plot_confusion_matrix(true: list[str], predicted: list[str], path: Path) -> 
     names = [" ".join(x.split())[:40].replace("$", r"\$") for x in labels]  # no formula
     size = min(4 + 0.35 * len(labels), 60)  # inches
     axes = Figure((size + 2, size), layout="constrained").subplots()
-    places, edges = range(len(labels)), np.arange(len(labels) + 1) - 0.5
     look = {"cmap": "Blues", "vmin": 0, "vmax": 100, "alpha": 0.5}  # notes are black
+    places, edges = range(len(labels)), np.arange(len(labels) + 1) - 0.5
     axes.pcolormesh(edges, edges, shares, **look)  # as an image it takes a gigabyte
     axes.set(xlabel="predicted label", xticks=places, xticklabels=names)
     axes.set(ylabel="true label", yticks=places, yticklabels=names, ylim=edges[[-1, 0]])
@@ -1673,7 +1673,7 @@ class _Api:
         request, is_open = self.request, self.config.open_health
         request.id, request.started = os.urandom(16).hex(), time.monotonic()
         given = request.headers.get("Authorization", "").encode()
-        fits = [hmac.compare_digest(key, given) for key in self.keys]  # all: no timing
+        fits = [hmac.compare_digest(key, given) for key in self.keys]  # no early answer
         if fits and not any(fits) and not (is_open and request.path in _OPEN_PATHS):
             raise RequestError("send an API key", 401, "unauthorized", "Authorization")
 
